@@ -1,0 +1,40 @@
+# The everyday commands. A .venv that exists is kept with what is installed in it, a CPU-only torch for instance.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --editable
+# One stamp for each set of extras, so that a second run installs nothing.
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo   train and evaluate a small segmentation network on the embedded MRI, and draw a report"
+	@echo "make test   run the tests"
+	@echo "make lint   run ruff, and mypy on the built wheel"
+	@echo "make clean  remove build leftovers and caches (the environment stays)"
+	@echo "PYTHON=python3.12 make ...  chooses the interpreter of a new .venv (3.10 or newer)"
+
+demo: $(STAMP)-all
+	$(BIN)/vision-ssm quickstart
+
+test: $(STAMP)-test
+	$(BIN)/python -m pytest --durations=10
+
+lint: $(STAMP)-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	PYTHON=$(CURDIR)/$(BIN)/python .ci/typecheck
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(STAMP)-*
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP)-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	$(PIP_INSTALL) '.[$*]'
+	touch $@

@@ -1,0 +1,43 @@
+"""Operators of vision_ssm. The folder is /kernels in the repository and vision_ssm.kernels when imported."""
+
+if __name__ != "vision_ssm.kernels":  # a checkout on sys.path
+    raise ImportError("import vision_ssm.kernels; the bare name 'kernels' belongs to another project")
+
+from .backends import backend_report
+from .cross_scan.op import cross_merge, cross_scan
+from .routed_scan.op import routed_scan
+from .routes import (
+    ATROUS,
+    AXIAL_3D,
+    BIDIRECTIONAL,
+    COLUMN,
+    COLUMN_BACK,
+    CROSS,
+    ROUTES,
+    ROW,
+    ROW_BACK,
+    Route,
+    Routes,
+    find_routes,
+)
+from .selective_scan.op import selective_scan
+
+__all__ = [
+    "ATROUS",
+    "AXIAL_3D",
+    "BIDIRECTIONAL",
+    "COLUMN",
+    "COLUMN_BACK",
+    "CROSS",
+    "ROUTES",
+    "ROW",
+    "ROW_BACK",
+    "Route",
+    "Routes",
+    "backend_report",
+    "cross_merge",
+    "cross_scan",
+    "find_routes",
+    "routed_scan",
+    "selective_scan",
+]

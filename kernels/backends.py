@@ -1,0 +1,31 @@
+"""Which backend runs the operators on which device, and why."""
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+
+from .recurrence import HAS_NUMBA
+
+_OPERATORS = ("cross_scan, cross_merge", "selective_scan", "routed_scan")
+
+
+def backend_report() -> str:
+    """A table of operators, devices and backends on this machine, to print or to put into a bug report."""
+    cpu = f"PyTorch with numba {version('numba')}" if HAS_NUMBA else "PyTorch alone (numba, the extra [cpu], is faster)"
+    rows = [f"vision_ssm operators, torch {torch.__version__}"]
+    for operator in _OPERATORS:
+        rows.append(f"  {operator:<24} cpu   {'PyTorch' if operator.startswith('cross') else cpu}")
+        rows.append(f"  {'':<24} cuda  {_gpu()}")
+    return "\n".join(rows)
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "not used: torch sees no CUDA device"
+    if find_spec("triton") is None:
+        return f"unavailable on {torch.cuda.get_device_name()}: Triton is not installed"
+    try:
+        return f"Triton {version('triton')} on {torch.cuda.get_device_name()}"
+    except PackageNotFoundError:
+        return f"Triton on {torch.cuda.get_device_name()}"

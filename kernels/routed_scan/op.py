@@ -1,0 +1,142 @@
+"""``routed_scan``: the selective scan of a map along several routes, fused into one torch.library operator."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_shape, check_tensors, compute_dtype
+from ..routes import Routes, check_routes, decode, encode, index_table
+from . import cpu
+
+__all__ = ["routed_scan"]
+
+_INPUTS = "Tensor x, Tensor low_rank, Tensor dt_weight, Tensor dt_bias, Tensor A, Tensor D, int[] routes"
+
+
+def routed_scan(
+    x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Routes
+) -> Tensor:
+    """Selective scan of a channels-last map along each route, outputs added cell by cell (arXiv:2401.10166, section 4.2).
+
+    Per route, with u, Δ's low-rank part, B and C read in the route's order::
+
+        Δ = softplus(dt_weight · dt + dt_bias),   h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t,   y_t = C_t h_t + D u_t
+
+    The projections are per cell, so they commute with the order of visiting: compute them for all routes by one matrix
+    product on the map. States accumulate in float32, or in float64 if ``x`` or ``A`` is.
+
+    Args:
+        x: map, (b, *grid, c), such as (b, h, w, c).
+        low_rank: projections of the map, (b, *grid, k*(r + 2n)); per route Δ (r), B (n), C (n).
+        dt_weight: Δ from its low-rank part, (k, c, r).
+        dt_bias: (k, c).
+        A: negative decay rates, (k, c, n).
+        D: skip weights, (k, c).
+        routes: k routes over the grid, equally long. Cells that no route visits are 0.
+
+    Returns:
+        Map (b, *grid, c) in x's dtype.
+
+    Raises:
+        ValueError: shapes or devices do not fit, or the routes do not fit the grid.
+    """
+    check_routes(routes, x.shape[1:-1])
+    return torch.ops.vision_ssm.routed_scan(x, low_rank, dt_weight, dt_bias, A, D, encode(routes))
+
+
+def _check(
+    x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Sequence[int]
+) -> None:
+    op = "routed_scan"
+    tensors = {"x": x, "low_rank": low_rank, "dt_weight": dt_weight, "dt_bias": dt_bias, "A": A, "D": D}
+    check_tensors(op, tensors)
+    for name, tensor, axes in (("dt_weight", dt_weight, "routes, channels, rank"), ("A", A, "routes, channels, state")):
+        if tensor.dim() != 3:
+            raise ValueError(f"{op}: {name} must have shape ({axes}); got {tuple(tensor.shape)}")
+    if x.dim() < 3:
+        raise ValueError(f"{op}: x must have shape (batch, *grid, channels); got {tuple(x.shape)}")
+    batch, *grid, channels = x.shape
+    count, rank, state = len(decode(routes, len(grid))), dt_weight.shape[-1], A.shape[-1]
+    cells = {f"grid{axis}": size for axis, size in enumerate(grid)}
+    check_shape(op, "low_rank", low_rank, {"batch": batch, **cells, "routes*(rank+2*state)": count * (rank + 2 * state)})
+    check_shape(op, "dt_weight", dt_weight, {"routes": count, "channels": channels, "rank": rank})
+    check_shape(op, "A", A, {"routes": count, "channels": channels, "state": state})
+    for name, tensor in (("dt_bias", dt_bias), ("D", D)):
+        check_shape(op, name, tensor, {"routes": count, "channels": channels})
+
+
+def _flat(*maps: Tensor) -> tuple[Tensor, ...]:
+    """(b, *grid, c) -> (b, cells, c)"""
+    return tuple(m.flatten(1, -2) for m in maps)
+
+
+@torch.library.custom_op(
+    "vision_ssm::routed_scan", mutates_args=(), device_types="cpu", schema=f"({_INPUTS}) -> Tensor"
+)
+def _forward(*inputs: Any) -> Tensor:
+    _check(*inputs)
+    x, low_rank, *weights, routes = inputs
+    grid = x.shape[1:-1]
+    index = index_table(decode(routes, len(grid)), tuple(grid), x.device)
+    with torch.autocast("cpu", enabled=False):
+        return cpu.forward(*_flat(x, low_rank), *weights, index).view(x.shape)
+
+
+@_forward.register_kernel("cuda")
+def _(*inputs: Any) -> Tensor:
+    from . import gpu  # Triton is imported only where there is a GPU
+
+    _check(*inputs)
+    *tensors, routes = inputs
+    return gpu.forward(*tensors, decode(routes, tensors[0].dim() - 2))
+
+
+@_forward.register_fake
+def _(*inputs: Any) -> Tensor:
+    _check(*inputs)
+    return torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(
+    "vision_ssm::routed_scan_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(*inputs: Any) -> tuple[Tensor, ...]:
+    dy, x, low_rank, *weights, routes = inputs
+    grid = x.shape[1:-1]
+    index = index_table(decode(routes, len(grid)), tuple(grid), x.device)
+    with torch.autocast("cpu", enabled=False):
+        dx, dlow_rank, *grads = cpu.backward(*_flat(dy, x, low_rank), *weights, index)
+    return dx.view(x.shape), dlow_rank.view(low_rank.shape), *grads
+
+
+@_backward.register_kernel("cuda")
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    from . import gpu
+
+    *tensors, routes = inputs
+    return gpu.backward(*tensors, decode(routes, tensors[0].dim() - 2))
+
+
+@_backward.register_fake
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    _, x, *weights, _ = inputs
+    dtype = compute_dtype(x, weights[3])
+    return tuple(m.new_empty(m.shape, dtype=dtype) for m in (x, *weights))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.routes = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.vision_ssm.routed_scan_backward(dy, *ctx.saved_tensors, ctx.routes)
+    return *(grad.to(m.dtype) for m, grad in zip(ctx.saved_tensors, grads, strict=True)), None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -1,0 +1,108 @@
+"""Imports point down: tools -> engine -> segmentation, data -> backbones -> layers -> kernels -> torch."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOP = ("configs", "kernels", "model_zoo", "tools")
+INNER = ("backbones", "data", "engine", "layers", "segmentation")
+
+# What a folder may import of this package beside itself and the version.
+ALLOWED = {
+    "kernels": set(),
+    "layers": {"kernels"},
+    "model_zoo": set(),
+    "backbones": {"kernels", "layers", "model_zoo"},
+    "segmentation": {"kernels", "layers", "backbones"},
+    "data": {"kernels", "layers", "backbones"},
+    "engine": {"kernels", "layers", "backbones", "segmentation", "data", "model_zoo", "configs"},
+    "configs": {"layers", "backbones", "segmentation", "data", "engine"},
+    "tools": {"engine", "segmentation", "data", "backbones", "layers", "kernels", "model_zoo", "configs"},
+}
+# Libraries that belong to some folders only.
+OWNERS = {
+    "argparse": {"tools"},
+    "einops": set(),
+    "matplotlib": {"engine"},
+    "mmengine": {"engine", "configs"},
+    "monai": {"segmentation", "data", "engine", "configs"},
+    "nibabel": {"data", "engine"},
+    "rich": {"engine", "tools"},
+    "timm": {"layers", "model_zoo", "backbones", "segmentation", "data", "engine", "configs", "tools"},
+}
+
+
+def folder(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    return parts[1] if parts[0] == "vision_ssm" and len(parts) > 2 else parts[0]
+
+
+def package(path: Path) -> list[str]:
+    """Dotted name, in parts, of the package that a file of the tree belongs to."""
+    parts = path.relative_to(ROOT).parent.parts
+    return list(parts) if parts[0] == "vision_ssm" else ["vision_ssm", *parts]
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Absolute dotted names of all that a file imports, at its head or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package(path)
+            base = above[: len(above) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+FILES = sorted(
+    path
+    for top in (*TOP, *(f"vision_ssm/{name}" for name in INNER))
+    for path in (ROOT / top).rglob("*.py")
+    if "__pycache__" not in path.parts
+)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    here = folder(path)
+    reached = {parts[1] for module in imported_modules(path) if (parts := module.split("."))[0] == "vision_ssm"}
+    unexpected = (reached & set(ALLOWED)) - ALLOWED[here] - {here}
+    assert not unexpected, f"{here} must not import {', '.join(sorted(unexpected))}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_libraries_stay_with_their_owners(path: Path) -> None:
+    libraries = {module.split(".")[0] for module in imported_modules(path)}
+    misplaced = {library for library in libraries & set(OWNERS) if folder(path) not in OWNERS[library]}
+    assert not misplaced, f"{', '.join(sorted(misplaced))} in {folder(path)}; allowed in {OWNERS}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_triton_stays_in_gpu_files(path: Path) -> None:
+    uses_triton = any(module.split(".")[0] == "triton" for module in imported_modules(path))
+    assert not uses_triton or path.name == "gpu.py" or path == ROOT / "vision_ssm" / "engine" / "benchmark.py"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_four_mapped_folders_import_siblings_relatively(path: Path) -> None:
+    if folder(path) in TOP:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        absolute = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+        assert not [name for name in absolute if f"{name}.".startswith(f"vision_ssm.{folder(path)}.")]
+
+
+def test_the_reader_sees_what_an_import_reaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "vision_ssm" / "layers" / "ss.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("import torch\nfrom . import init\nfrom ..engine import runner\ndef f():\n    import vision_ssm.data.x\n")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert set(imported_modules(source)) == {
+        "torch",
+        "vision_ssm.layers.init",
+        "vision_ssm.engine.runner",
+        "vision_ssm.data.x",
+    }

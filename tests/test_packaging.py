@@ -1,0 +1,182 @@
+"""The wheel, the sdist and the editable install hold all of the tree that they should, and nothing else."""
+
+import os
+import shutil
+import site
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+FOLDERS: dict[str, str] = SETUPTOOLS["package-dir"]
+MAPPED = [folder for folder in FOLDERS.values() if folder != "vision_ssm"]
+LEFT_BEHIND = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+
+
+def packages_of_the_tree() -> set[str]:
+    found = set()
+    for package, folder in FOLDERS.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            found.add(".".join((package, *init.parent.relative_to(ROOT / folder).parts)))
+    return found
+
+
+def installed_names(*patterns: str) -> set[str]:
+    """Where the files of the tree that match a pattern stand inside the wheel."""
+    return {
+        "/".join((*package.split("."), *path.relative_to(ROOT / folder).parts))
+        for package, folder in FOLDERS.items()
+        for pattern in patterns
+        for path in (ROOT / folder).rglob(pattern)
+        if "__pycache__" not in path.parts
+    }
+
+
+def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def succeeds(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree as a clone has it: without environments, caches and earlier builds."""
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("clone") / "repository", ignore=LEFT_BEHIND))
+
+
+@pytest.fixture(scope="module")
+def dist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the sdist, and the wheel that was built out of that sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    succeeds(python("-m", "build", "--no-isolation", "--outdir", str(folder), cwd=checkout))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    (path,) = dist.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_pyproject_lists_every_package() -> None:
+    assert set(SETUPTOOLS["packages"]) == packages_of_the_tree()
+    assert len(SETUPTOOLS["packages"]) == len(set(SETUPTOOLS["packages"]))
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    """Editable installs do not find namespace packages inside a package."""
+    for folder in FOLDERS.values():
+        for source in (ROOT / folder).rglob("*.py"):
+            assert (source.parent / "__init__.py").exists(), f"{source.parent.relative_to(ROOT)} has no __init__.py"
+
+
+def test_wheel_holds_the_code_under_one_name(wheel_names: set[str]) -> None:
+    assert {name.split("/")[0].split("-")[0] for name in wheel_names} == {"vision_ssm"}
+    assert {name for name in wheel_names if name.endswith(".py")} == installed_names("*.py")
+
+
+def test_wheel_holds_the_data_files(wheel_names: set[str]) -> None:
+    expected = installed_names("*.nii.gz", "*.yaml", "py.typed")
+    assert {"vision_ssm/py.typed", "vision_ssm/data/brain_deep_grey/colin27_t1.nii.gz"} <= expected
+    assert expected <= wheel_names
+
+
+def test_wheel_holds_the_licences(wheel_names: set[str]) -> None:
+    licences = {name.rsplit("/", 1)[1] for name in wheel_names if ".dist-info/licenses/" in name}
+    assert licences == {"LICENSE", "NOTICE"}
+
+
+def test_wheel_of_the_tree_equals_the_wheel_of_the_sdist(
+    checkout: Path, wheel_names: set[str], tmp_path: Path
+) -> None:
+    succeeds(python("-m", "build", "--no-isolation", "--wheel", "--outdir", str(tmp_path), cwd=checkout))
+    (direct,) = tmp_path.glob("*.whl")
+    assert set(zipfile.ZipFile(direct).namelist()) == wheel_names
+
+
+def test_sdist_has_no_tests(dist: Path, tmp_path: Path) -> None:
+    (sdist,) = dist.glob("*.tar.gz")
+    shutil.unpack_archive(sdist, tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    present = {path.name for path in unpacked.iterdir()}
+    assert {"CHANGELOG.md", "LICENSE", "NOTICE", "README.md", *FOLDERS.values()} <= present
+    assert "tests" not in present
+
+
+def test_wheel_works_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    succeeds(python("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel), cwd=tmp_path))
+    code = (
+        "import vision_ssm, importlib, importlib.resources as resources\n"
+        f"for name in {sorted(FOLDERS)}: print(importlib.import_module(name).__file__)\n"
+        "print(resources.files('vision_ssm.configs').joinpath('medical', '__init__.py'))"
+    )
+    locations = succeeds(python("-c", code, cwd=tmp_path, PYTHONPATH=str(target))).splitlines()
+    assert len(locations) == len(FOLDERS) + 1
+    assert all(Path(location).is_file() and Path(location).is_relative_to(target) for location in locations)
+
+
+def test_editable_install_works_from_elsewhere(checkout: Path, tmp_path: Path) -> None:
+    """Builds the editable wheel and reads its .pth file, in an interpreter that ignores the installed package."""
+    build = f"from setuptools import build_meta; print(build_meta.build_editable({str(tmp_path)!r}))"
+    succeeds(python("-c", build, cwd=checkout))
+    (editable,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(editable).extractall(tmp_path / "site")
+    code = (
+        f"import site, sys; site.addsitedir({str(tmp_path / 'site')!r}); sys.path += {site.getsitepackages()}\n"
+        f"import importlib\nfor name in {sorted(FOLDERS)}: print(importlib.import_module(name).__file__)"
+    )
+    locations = succeeds(python("-S", "-c", code, cwd=tmp_path)).splitlines()
+    assert [Path(location).parent for location in locations] == [checkout / FOLDERS[name] for name in sorted(FOLDERS)]
+
+
+@pytest.mark.parametrize("folder", MAPPED)
+def test_the_bare_name_of_a_mapped_folder_is_refused(folder: str) -> None:
+    done = python("-c", f"import {folder}", cwd=ROOT)
+    assert done.returncode != 0
+    assert "ImportError" in done.stderr.splitlines()[-1]
+    assert f"vision_ssm.{folder}" in done.stderr.splitlines()[-1]
+
+
+def test_a_checkout_that_is_not_installed_says_what_to_do(checkout: Path) -> None:
+    code = f"import sys; sys.path += {site.getsitepackages()}; import vision_ssm"
+    done = python("-S", "-c", code, cwd=checkout)
+    assert done.returncode != 0
+    assert "ImportError" in done.stderr.splitlines()[-1]
+    assert "pip install -e ." in done.stderr.splitlines()[-1]
+
+
+def test_tools_run_as_scripts(checkout: Path) -> None:
+    """``python tools/train.py`` does the same as ``vision-ssm train``."""
+    scripts = sorted(path for path in (ROOT / "tools").glob("*.py") if not path.name.startswith("__"))
+    assert scripts
+    code = (
+        "import runpy, sys\n"
+        "for script in sys.argv[1:]:\n"
+        "    sys.argv = [script, '--help']\n"
+        "    try: runpy.run_path(script, run_name='__main__')\n"
+        "    except SystemExit as end: assert not end.code, script\n"
+        "    else: raise AssertionError(f'{script} --help did not end with SystemExit')"
+    )
+    output = succeeds(python("-c", code, *map(str, scripts), cwd=checkout.parent))
+    for script in scripts:
+        assert f"usage: vision-ssm {script.stem}" in output
