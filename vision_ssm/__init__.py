@@ -14,4 +14,6 @@ except ModuleNotFoundError as error:
         "vision_ssm is imported from a checkout that is not installed; run `pip install -e .` in the checkout"
     ) from None
 
-__all__ = ["__version__", "backend_report"]
+from .backbones import list_models
+
+__all__ = ["__version__", "backend_report", "list_models"]
