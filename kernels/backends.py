@@ -1,7 +1,11 @@
 """Which backend runs the operators on which device, and why."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
@@ -18,6 +22,28 @@ def backend_report() -> str:
         rows.append(f"  {operator:<24} cpu   {'PyTorch' if operator.startswith('cross') else cpu}")
         rows.append(f"  {'':<24} cuda  {_gpu()}")
     return "\n".join(rows)
+
+
+@contextmanager
+def on_gpu(operator: str, device: torch.device) -> Iterator[ModuleType]:
+    """The Triton module of an operator, with ``device`` current and autocast off.
+
+    It is imported on the first call, since a machine without a GPU need not have Triton.
+
+    Raises:
+        RuntimeError: Triton is not installed.
+    """
+    try:
+        module = import_module(f".{operator}.gpu", __package__)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError(
+            f"{operator} on {device} needs Triton, which is not installed; run `pip install triton` "
+            "(`triton-windows` on Windows), or move the tensors to the CPU"
+        ) from error
+    with torch.cuda.device(device), torch.autocast("cuda", enabled=False):
+        yield module
 
 
 def _gpu() -> str:

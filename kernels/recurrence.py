@@ -34,7 +34,7 @@ def adjoint_scan_(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _chunked_scan_(a: Tensor, b: Tensor) -> Tensor:
-    rows, length, width = a.shape
+    length = a.shape[1]
     steps = math.isqrt(length)
     chunks = length // steps
     even = chunks * steps

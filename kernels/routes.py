@@ -72,7 +72,9 @@ class Route:
     def visited(self, grid: Sequence[int]) -> tuple[int, ...]:
         """Number of cells visited along each grid axis."""
         assert self.offset is not None
-        return tuple((size - first + self.stride - 1) // self.stride for size, first in zip(grid, self.offset, strict=True))
+        return tuple(
+            (size - first + self.stride - 1) // self.stride for size, first in zip(grid, self.offset, strict=True)
+        )
 
     def length(self, grid: Sequence[int]) -> int:
         """Number of steps on ``grid``."""
@@ -156,7 +158,7 @@ def check_routes(routes: Routes, grid: Sequence[int]) -> int:
     for route in routes:
         if not isinstance(route, Route):
             raise ValueError(
-                f"routes must be a tuple of Route; got {route!r}. Named sets: find_routes(name) with {', '.join(ROUTES)}"
+                f"routes must be a tuple of Route; got {route!r}. Find a named set by find_routes: {', '.join(ROUTES)}"
             )
         if len(route.axes) != len(grid):
             raise ValueError(f"{route} is for a {len(route.axes)}-D grid; got the {len(grid)}-D grid {tuple(grid)}")

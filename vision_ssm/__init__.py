@@ -1,6 +1,6 @@
 """State-space-model backbones for vision, video and medical imaging.
 
-``import vision_ssm`` registers every model with timm; ``timm.create_model("vmamba_tiny")`` then works as for timm's own.
+``import vision_ssm`` registers every model with timm: then ``timm.create_model("vmamba_tiny")`` works as usual.
 """
 
 from ._version import __version__

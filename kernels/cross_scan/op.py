@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import on_gpu
 from ..checks import check_shape, check_tensors
 from ..routes import Routes, check_routes, decode, encode, index_table
 from . import cpu
@@ -73,10 +74,9 @@ def _scan(x: Tensor, routes: Sequence[int]) -> Tensor:
 
 @_scan.register_kernel("cuda")
 def _(x: Tensor, routes: Sequence[int]) -> Tensor:
-    from . import gpu  # Triton is imported only where there is a GPU
-
     _check_scan(x)
-    return gpu.cross_scan(x, decode(routes, x.dim() - 2))
+    with on_gpu("cross_scan", x.device) as gpu:
+        return gpu.cross_scan(x, decode(routes, x.dim() - 2))
 
 
 @_scan.register_fake
@@ -95,10 +95,9 @@ def _merge(y: Tensor, routes: Sequence[int], grid: Sequence[int]) -> Tensor:
 
 @_merge.register_kernel("cuda")
 def _(y: Tensor, routes: Sequence[int], grid: Sequence[int]) -> Tensor:
-    from . import gpu
-
     _check_merge(y, routes, grid)
-    return gpu.cross_merge(y, decode(routes, len(grid)), tuple(grid))
+    with on_gpu("cross_scan", y.device) as gpu:
+        return gpu.cross_merge(y, decode(routes, len(grid)), tuple(grid))
 
 
 @_merge.register_fake

@@ -36,7 +36,7 @@ def _sequences(
 def forward(
     x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, index: Tensor
 ) -> Tensor:
-    """See :func:`vision_ssm.kernels.routed_scan.op.routed_scan`; the grid is flat, ``index`` (k, l) holds the routes."""
+    """See :func:`vision_ssm.kernels.routed_scan.op.routed_scan`; the grid is flat and ``index`` (k, l) its routes."""
     dtype = compute_dtype(x, A)
     wide, low_rank, dt_weight, dt_bias, A, D = (m.to(dtype) for m in (x, low_rank, dt_weight, dt_bias, A, D))
     u, _, raw, B, C = _sequences(wide, low_rank, dt_weight, dt_bias, A.shape[-1], index)
@@ -49,9 +49,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients by x, low_rank, dt_weight, dt_bias, A and D, in the dtype that the scan computes in."""
     dtype = compute_dtype(x, A)
-    dy, x, low_rank, dt_weight, dt_bias, A, D = (
-        m.to(dtype) for m in (dy, x, low_rank, dt_weight, dt_bias, A, D)
-    )
+    dy, x, low_rank, dt_weight, dt_bias, A, D = (m.to(dtype) for m in (dy, x, low_rank, dt_weight, dt_bias, A, D))
     u, dt, raw, B, C = _sequences(x, low_rank, dt_weight, dt_bias, A.shape[-1], index)
     dy = _gather(dy, index)
     dlast = dy.new_zeros(dy.shape[0], *A.shape)

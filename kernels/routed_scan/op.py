@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import on_gpu
 from ..checks import check_shape, check_tensors, compute_dtype
 from ..routes import Routes, check_routes, decode, encode, index_table
 from . import cpu
@@ -18,7 +19,7 @@ _INPUTS = "Tensor x, Tensor low_rank, Tensor dt_weight, Tensor dt_bias, Tensor A
 def routed_scan(
     x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Routes
 ) -> Tensor:
-    """Selective scan of a channels-last map along each route, outputs added cell by cell (arXiv:2401.10166, section 4.2).
+    """Selective scan of a channels-last map along each route, outputs added cell by cell (arXiv:2401.10166, sec. 4.2).
 
     Per route, with u, Δ's low-rank part, B and C read in the route's order::
 
@@ -60,7 +61,9 @@ def _check(
     batch, *grid, channels = x.shape
     count, rank, state = len(decode(routes, len(grid))), dt_weight.shape[-1], A.shape[-1]
     cells = {f"grid{axis}": size for axis, size in enumerate(grid)}
-    check_shape(op, "low_rank", low_rank, {"batch": batch, **cells, "routes*(rank+2*state)": count * (rank + 2 * state)})
+    check_shape(
+        op, "low_rank", low_rank, {"batch": batch, **cells, "routes*(rank+2*state)": count * (rank + 2 * state)}
+    )
     check_shape(op, "dt_weight", dt_weight, {"routes": count, "channels": channels, "rank": rank})
     check_shape(op, "A", A, {"routes": count, "channels": channels, "state": state})
     for name, tensor in (("dt_bias", dt_bias), ("D", D)):
@@ -86,11 +89,10 @@ def _forward(*inputs: Any) -> Tensor:
 
 @_forward.register_kernel("cuda")
 def _(*inputs: Any) -> Tensor:
-    from . import gpu  # Triton is imported only where there is a GPU
-
     _check(*inputs)
     *tensors, routes = inputs
-    return gpu.forward(*tensors, decode(routes, tensors[0].dim() - 2))
+    with on_gpu("routed_scan", tensors[0].device) as gpu:
+        return gpu.forward(*tensors, decode(routes, tensors[0].dim() - 2))
 
 
 @_forward.register_fake
@@ -116,10 +118,9 @@ def _backward(*inputs: Any) -> tuple[Tensor, ...]:
 
 @_backward.register_kernel("cuda")
 def _(*inputs: Any) -> tuple[Tensor, ...]:
-    from . import gpu
-
     *tensors, routes = inputs
-    return gpu.backward(*tensors, decode(routes, tensors[0].dim() - 2))
+    with on_gpu("routed_scan", tensors[0].device) as gpu:
+        return gpu.backward(*tensors, decode(routes, tensors[0].dim() - 2))
 
 
 @_backward.register_fake
@@ -135,8 +136,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.vision_ssm.routed_scan_backward(dy, *ctx.saved_tensors, ctx.routes)
-    return *(grad.to(m.dtype) for m, grad in zip(ctx.saved_tensors, grads, strict=True)), None
+    tensors = ctx.saved_tensors  # read once: checkpointing recomputes them at the first reading and forbids a second
+    grads = torch.ops.vision_ssm.routed_scan_backward(dy, *tensors, ctx.routes)
+    return *(grad.to(m.dtype) for m, grad in zip(tensors, grads, strict=True)), None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import on_gpu
 from ..checks import check_dtype, check_shape, check_tensors, compute_dtype
 from . import cpu
 
@@ -56,9 +57,7 @@ def selective_scan(
     if B.dim() == 4 and C.dim() == 4 and B.shape[1] != C.shape[1]:
         groups = max(B.shape[1], C.shape[1])
         B, C = (m.expand(-1, groups, -1, -1) if m.shape[1] == 1 else m for m in (B, C))
-    y, last = torch.ops.vision_ssm.selective_scan(
-        u, delta, A, B, C, D, delta_bias, bool(delta_softplus), initial_state
-    )
+    y, last = torch.ops.vision_ssm.selective_scan(u, delta, A, B, C, D, delta_bias, bool(delta_softplus), initial_state)
     if z is not None:
         check_shape("selective_scan", "z", z, {"batch": u.shape[0], "dim": u.shape[1], "length": u.shape[2]})
         y = y * F.silu(z)
@@ -121,10 +120,9 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 @_forward.register_kernel("cuda")
 def _(*inputs: Any) -> tuple[Tensor, Tensor]:
-    from . import gpu  # Triton is imported only where there is a GPU
-
     _check(*inputs)
-    return gpu.forward(*inputs)
+    with on_gpu("selective_scan", inputs[0].device) as gpu:
+        return gpu.forward(*inputs)
 
 
 @_forward.register_fake
@@ -148,13 +146,14 @@ def _backward(*inputs: Any) -> tuple[Tensor, ...]:
 
 @_backward.register_kernel("cuda")
 def _(*inputs: Any) -> tuple[Tensor, ...]:
-    from . import gpu
-
-    return gpu.backward(*inputs)
+    with on_gpu("selective_scan", inputs[0].device) as gpu:
+        return gpu.backward(*inputs)
 
 
 @_backward.register_fake
-def _(dy: Tensor, dlast: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _(
+    dy: Tensor, dlast: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     vectors = u.shape[1:2], u.shape[1:2]  # D and delta_bias, given or not
     shapes = (*(m.shape for m in (u, delta, A, B, C)), *vectors, dlast.shape)
     return tuple(u.new_empty(shape, dtype=compute_dtype(u, A, rest[-1])) for shape in shapes)

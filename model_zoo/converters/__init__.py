@@ -20,6 +20,8 @@ def rename_keys(source: Mapping[str, Value], renames: Sequence[tuple[str, str]])
         for pattern, replacement in renames:
             name = re.sub(pattern, replacement, name)
         if name in renamed:
-            raise ValueError(f"the keys {origin[name]!r} and {key!r} both mean {name!r}; the checkpoint mixes two layouts")
+            raise ValueError(
+                f"the keys {origin[name]!r} and {key!r} both mean {name!r}; the checkpoint mixes two layouts"
+            )
         renamed[name], origin[name] = value, key
     return renamed

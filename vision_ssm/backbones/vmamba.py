@@ -174,7 +174,11 @@ class VMamba(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         blocks: Any = r"^stages\.(\d+)"
         if not coarse:
-            blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+            blocks = [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ]
         return {"stem": r"^stem", "blocks": blocks}
 
     @torch.jit.ignore

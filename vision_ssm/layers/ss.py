@@ -48,7 +48,7 @@ class RoutedScan(nn.Module):
     def reset_parameters(self) -> None:
         """Initial values as released with VMamba: S4D-real A, D = 1, Δ log-uniform in [0.001, 0.1]."""
         self.x_proj.reset_parameters()
-        nn.init.uniform_(self.dt_weight, -self.dt_weight.shape[-1] ** -0.5, self.dt_weight.shape[-1] ** -0.5)
+        nn.init.uniform_(self.dt_weight, -(self.dt_weight.shape[-1] ** -0.5), self.dt_weight.shape[-1] ** -0.5)
         dt_bias_(self.dt_bias)
         s4d_real_(self.A_log)
         nn.init.ones_(self.D)

@@ -1,0 +1,240 @@
+"""Every registered model against timm's contract; the lists come from timm, nothing is kept by hand."""
+
+import json
+import re
+import zlib
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch.testing import assert_close
+
+import vision_ssm
+from vision_ssm import model_zoo
+from vision_ssm.model_zoo.converters import vmamba as upstream
+
+MODELS = vision_ssm.list_models()
+LIGHT = [name for name in MODELS if name in ("test_vmamba", "vmamba_nano")]
+PUBLISHED = [name for name in MODELS if name not in LIGHT]
+STATE_SPACE = (".A_log", ".D", ".dt_bias")
+
+
+def create(name, **kwargs):
+    return timm.create_model(name, **kwargs).eval()
+
+
+def test_published_names():
+    assert {f"vmamba_{size}" for size in ("tiny", "small", "base")} <= set(PUBLISHED)
+    assert vision_ssm.list_models("*_v0") == ["vmamba_base_v0", "vmamba_small_v0", "vmamba_tiny_v0"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_head_and_configuration(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    state = model.state_dict()
+    config = model.pretrained_cfg
+    assert f"{config['classifier']}.weight" in state and f"{config['first_conv']}.weight" in state
+    assert (model.num_classes, model.num_features) == (1000, model.head_hidden_size)
+    assert model.no_weight_decay() == {key for key in state if key.endswith(STATE_SPACE)}
+    model.reset_classifier(7)
+    assert model.get_classifier().weight.shape == (7, model.num_features)
+    size = config["input_size"]
+    features = model.forward_features(torch.empty(2, *size, device="meta"))
+    assert features.shape == (2, model.num_features, *config["pool_size"])
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
+    assert model.forward_head(features).shape == (2, 7)
+    model.reset_classifier(0, "")
+    assert model(torch.empty(2, *size, device="meta")).shape == features.shape
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_match_feature_info(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, features_only=True)
+    maps = model(torch.empty(1, 3, 64, 96, device="meta"))
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    for features, channels, reduction in zip(
+        maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
+    ):
+        assert features.shape == (1, channels, 64 // reduction, 96 // reduction)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+@pytest.mark.parametrize("mixer", ["cross", "identity"])
+def test_forward_and_backward_reach_every_parameter(name, mixer, device):
+    model = timm.create_model(name, num_classes=42, mixer=mixer, drop_path_rate=0.1).to(device).train()
+    out = model(torch.randn(2, 3, 64, 64, device=device))
+    out.mean().backward()
+    assert out.shape == (2, 42) and out.isfinite().all()
+    dead = [key for key, parameter in model.named_parameters() if parameter.grad is None]
+    assert not dead
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 33), (31, 5), (64, 64), (65, 47)], ids=str)
+def test_any_input_size(size):
+    model = create("test_vmamba", in_chans=1, num_classes=3)
+    assert model(torch.randn(1, 1, *size)).isfinite().all()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_input_channels(channels):
+    assert create("test_vmamba", in_chans=channels, num_classes=2)(torch.randn(1, channels, 32, 32)).shape == (1, 2)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = timm.create_model("test_vmamba", num_classes=5).train()
+    x = torch.randn(1, 3, 48, 48)
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert_close(*grads)
+
+
+def test_forward_intermediates():
+    model = create("test_vmamba")
+    x = torch.randn(2, 3, 70, 45)
+    final, maps = model.forward_intermediates(x)
+    assert_close(final, model.forward_features(x))
+    assert [m.shape[1] for m in maps] == [16, 24, 32, 48]
+    stages = timm.create_model("test_vmamba", features_only=True).eval()
+    flat = {re.sub(r"^(stem|stages)\.", r"\1_", key): m for key, m in model.state_dict().items()}
+    stages.load_state_dict({key: m for key, m in flat.items() if key.startswith("st")}, strict=True)
+    assert_close(stages(x), maps)
+    early = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
+    assert_close(early, maps[1:2])
+    assert_close(model.forward_intermediates(x, indices=1, norm=True)[1][0], final)
+    model.set_grad_checkpointing()
+    assert_close(model.forward_intermediates(x)[0], final)
+    with pytest.raises(ValueError, match="NCHW"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+def test_prune_intermediate_layers():
+    model = create("test_vmamba")
+    x = torch.randn(1, 3, 32, 32)
+    want = model.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
+    assert model.prune_intermediate_layers([0, 2], prune_norm=True) == [0, 2]
+    assert len(model.stages) == 3
+    assert_close(model.forward_intermediates(x, indices=[0, 2], intermediates_only=True), want)
+
+
+def test_compiles_without_a_graph_break():
+    model = create("test_vmamba", num_classes=4)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for size in ((40, 56), (72, 104)):
+            x = torch.randn(1, 3, *size)
+            assert_close(compiled(x), model(x))
+
+
+def test_exports():
+    model = create("test_vmamba", num_classes=4)
+    x = torch.randn(1, 3, 64, 96)
+    program = torch.export.export(model, (x,))
+    assert_close(program.module()(x), model(x))
+
+
+def test_layer_groups_cover_every_parameter():
+    from timm.models import group_parameters
+
+    model = create("test_vmamba")
+    grouped = group_parameters(model, model.group_matcher())
+    assert {key for keys in grouped.values() for key in keys} == {key for key, _ in model.named_parameters()}
+    assert len(grouped) > len(group_parameters(model, model.group_matcher(coarse=True)))
+
+
+def test_wrong_arguments_say_what_is_accepted():
+    with pytest.raises(ValueError, match="one entry a stage"):
+        timm.create_model("test_vmamba", depths=(1, 1))
+    with pytest.raises(ValueError, match="unknown mixer 'scan'"):
+        timm.create_model("test_vmamba", mixer="scan")
+    with pytest.raises(RuntimeError, match="Unknown model"):
+        timm.create_model("vmamba_huge")
+
+
+def rebuild(entry):
+    """The weight recipe of the golden files."""
+    rng = np.random.default_rng(zlib.crc32(entry["key"].encode()))
+    value = entry["mean"] + entry["std"] * rng.standard_normal(tuple(entry["shape"]))
+    return torch.from_numpy(value.astype(np.float32))
+
+
+def drawn(seed, shape):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
+def stored(tensor, entry):
+    """A tensor at the golden file's positions, with its norm, and what the file has there."""
+    flat = tensor.double().flatten()
+    count, n = len(entry["values"]), flat.numel()
+    positions = range(n) if n <= count else [(k * (n - 1)) // (count - 1) for k in range(count)]
+    wanted = torch.tensor(entry["values"], dtype=torch.float64)
+    assert list(tensor.shape) == entry["shape"]
+    return flat[list(positions)], wanted, flat.norm().item(), entry["l2"]
+
+
+def assert_stored(tensor, entry, tolerance, what):
+    have, want, norm, wanted_norm = stored(tensor, entry)
+    scale = max(want.norm().item(), wanted_norm * (len(want) / tensor.numel()) ** 0.5)
+    assert (have - want).norm().item() <= tolerance * scale, what
+    assert abs(norm - wanted_norm) <= tolerance * wanted_norm, what
+
+
+def official_gradient(model, key, shape):
+    """A parameter's gradient in the official layout, found by sending each element's position through the converter."""
+    positions = torch.arange(int(np.prod(shape))).reshape(shape)
+    ((ours, order),) = upstream.convert({key: positions}).items()
+    gradient = torch.empty(positions.numel(), dtype=torch.float64)
+    gradient[order.flatten()] = model.get_parameter(ours).grad.double().flatten()
+    return gradient.reshape(shape)
+
+
+@pytest.fixture(scope="module", params=["vmamba_tiny", "vmamba_tiny_v0"])
+def golden(request, parity):
+    facts = json.loads((parity / f"{request.param}.json").read_text())
+    weights = {entry["key"]: rebuild(entry) for entry in facts["params"]}
+    model = create(request.param)
+    assert sum(p.numel() for p in model.parameters()) == facts["num_parameters"]
+    return facts, model_zoo.load(model, model_zoo.convert(weights, request.param))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["224", "160x208", "grad_96x64"])
+@pytest.mark.parametrize(
+    ("dtype", "logits", "features", "gradients"),
+    [(torch.float32, 1e-4, 2e-4, 2e-3), (torch.float64, 1e-9, 1e-9, 1e-8)],
+    ids=["float32", "float64"],
+)
+def test_equals_the_official_model(golden, case, dtype, logits, features, gradients, device):
+    facts, model = golden
+    model = model.to(device, dtype)
+    case = next(c for c in facts["cases"] if c["id"] == case)
+    x = drawn(case["input_seed"], case["input_shape"]).to(device, dtype)
+
+    with torch.set_grad_enabled("cotangent_seed" in case):
+        x.requires_grad_("cotangent_seed" in case)
+        stem = model.stem(x)
+        final, stages = model.forward_intermediates(x)
+        pooled = model.forward_head(final, pre_logits=True)
+        out = model.get_classifier()(pooled)
+
+    wanted = torch.tensor(case["logits_f64"], dtype=torch.float64).view(case["logits_shape"])
+    assert (out.double().cpu() - wanted).norm() <= logits * wanted.norm()
+    maps = {"stem": stem, "pooled": pooled, **{f"stage{i}": m for i, m in enumerate(stages)}}
+    for entry in case["features"]:
+        assert_stored(maps[entry["name"]].detach().cpu(), entry, features, entry["name"])
+
+    if "cotangent_seed" in case:
+        model.zero_grad()
+        out.backward(drawn(case["cotangent_seed"], case["logits_shape"]).to(out))
+        assert_stored(x.grad.cpu(), case["grad_input"], gradients, "input")
+        assert case["grad_params"]
+        for entry in case["grad_params"]:
+            key = entry.get("key") or entry["name"]
+            assert_stored(official_gradient(model.cpu(), key, entry["shape"]), entry, gradients, key)

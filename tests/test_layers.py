@@ -1,0 +1,169 @@
+import json
+import re
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from vision_ssm.kernels import AXIAL_3D
+from vision_ssm.layers import MIXERS, SS2D, RoutedScan
+from vision_ssm.layers.init import dt_bias_, s4d_real_
+from vision_ssm.model_zoo.converters.vmamba import convert
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def golden(parity, name):
+    folder = parity / "ops" / "ss2d"
+    arrays = {key: torch.from_numpy(m) for key, m in np.load(folder / f"{name}.npz").items()}
+    return json.loads((folder / f"{name}.json").read_text()), arrays
+
+
+def ours(arrays, prefix):
+    """The file's arrays under ``prefix`` in our layout; the converter knows the layer as a block's ``op``."""
+    block = "layers.0.blocks.0.op."
+    upstream = {block + key.removeprefix(prefix): m for key, m in arrays.items() if key.startswith(prefix)}
+    return {key.removeprefix("stages.0.blocks.0.mixer."): m for key, m in convert(upstream).items()}
+
+
+def ss2d(facts, arrays, prefix="w."):
+    layer = SS2D(
+        facts["d_model"],
+        state=facts["d_state"],
+        expand=facts["ssm_ratio"],
+        rank=facts["dt_rank"],
+        mixer="atrous" if facts["style"].startswith("efficientvmamba") else "cross",
+        gate=facts.get("gate", True),
+        conv_bias=facts.get("conv_bias", True),
+    ).double()
+    layer.load_state_dict(ours(arrays, prefix), strict=True)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vmamba_gated_nhwc",
+        "vmamba_nogate_nchw",
+        "vmamba_nogate_ratio2_n16",
+        "vmamba_single_row",
+        "vmamba_wide_input",
+        "efficientvmamba_even",
+        "efficientvmamba_odd",
+        "efficientvmamba_single_row",
+    ],
+)
+def test_golden_layer(name, parity):
+    facts, arrays = golden(parity, name)
+    layer = ss2d(facts, arrays)
+    x = arrays["x"].requires_grad_()
+    y = layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if facts["layout"] == "NCHW" else layer(x)
+    assert_close(y, arrays["y"], **EXACT)
+    y.backward(arrays["dy"])
+    assert_close(x.grad, arrays["grad_x"], **EXACT)
+    wanted = ours(arrays, "grad_w.")
+    for key, parameter in layer.named_parameters():
+        assert_close(parameter.grad, wanted[key], **EXACT, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_golden_efficient_block(parity):
+    """The block around the layer is written out here: it shares one squeeze-excite between scan and convolution."""
+    facts, arrays = golden(parity, "efficientvmamba_block")
+    layer = ss2d(facts, arrays, "w.op.")
+    w = {key[2:]: m.requires_grad_() for key, m in arrays.items() if key.startswith("w.") and "running" not in key}
+    stats = [arrays[f"w.conv_branch.1.running_{name}"] for name in ("mean", "var")]
+
+    def excite(v):
+        g = F.layer_norm(v, v.shape[-1:], w["se.norm.weight"], w["se.norm.bias"]).mean((1, 2))
+        g = F.gelu(F.linear(g, w["se.global_reduce.weight"], w["se.global_reduce.bias"]))
+        return v * F.linear(g, w["se.channel_select.weight"], w["se.channel_select.bias"]).sigmoid()[:, None, None]
+
+    x = arrays["x"].requires_grad_()
+    u = F.layer_norm(x, x.shape[-1:], w["norm.weight"], w["norm.bias"])
+    c = F.conv2d(u.permute(0, 3, 1, 2), w["conv_branch.0.weight"], w["conv_branch.0.bias"], padding=1, groups=16)
+    c = F.gelu(F.batch_norm(c, *stats, w["conv_branch.1.weight"], w["conv_branch.1.bias"]))
+    c = F.conv2d(c, w["conv_branch.3.weight"], w["conv_branch.3.bias"]).permute(0, 2, 3, 1)
+    y = x + excite(layer(u)) + excite(c)
+    assert_close(y, arrays["y"], **EXACT)
+    y.backward(arrays["dy"])
+    assert_close(x.grad, arrays["grad_x"], **EXACT)
+    for key, m in w.items():
+        if not key.startswith("op."):
+            assert_close(m.grad, arrays[f"grad_w.{key}"], **EXACT)
+    wanted = ours(arrays, "grad_w.op.")
+    for key, parameter in layer.named_parameters():
+        assert_close(parameter.grad, wanted[key], **EXACT)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (4, 4)], ids=str)
+def test_every_mixer_keeps_the_shape_and_trains(mixer, grid, device):
+    layer = SS2D(6, state=2, mixer=mixer, gate=True).to(device)
+    x = torch.randn(2, *grid, 6, device=device, requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+    assert y.shape == x.shape and y.isfinite().all() and x.grad.isfinite().all()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def test_identity_has_no_scan():
+    names = [name for name, _ in SS2D(6, mixer="identity").named_parameters()]
+    assert names and not any(re.search("scan|A_log|dt_", name) for name in names)
+
+
+def test_mixer_may_be_a_callable_and_the_scan_takes_volumes():
+    scan = RoutedScan(4, state=2, rank=1, routes=AXIAL_3D)
+    assert scan(torch.randn(1, 2, 3, 4, 4)).shape == (1, 2, 3, 4, 4)
+    layer = SS2D(6, mixer=partial(RoutedScan, routes=AXIAL_3D[:1]))
+    assert isinstance(layer.scan, RoutedScan)
+
+
+def test_unknown_mixer_lists_the_known_ones():
+    with pytest.raises(
+        ValueError, match="unknown mixer 'crossed'; the mixers are cross, bidirectional, atrous, identity"
+    ):
+        SS2D(6, mixer="crossed")
+
+
+def test_initial_values_are_the_published_ones():
+    scan = RoutedScan(512, state=16, rank=6)
+    assert_close(torch.exp(scan.A_log[1, 3]), torch.arange(1.0, 17))
+    assert (scan.D == 1).all()
+    dt = F.softplus(scan.dt_bias)
+    assert 1e-3 <= dt.min() < 2e-3 and 0.08 < dt.max() <= 0.1001
+    assert_close(dt.log().mean().item(), np.log(1e-2), atol=0.1, rtol=0)
+    assert scan.dt_weight.abs().max() <= 6**-0.5
+
+
+def test_step_size_floor():
+    dt = F.softplus(dt_bias_(torch.empty(1000), low=1e-6, high=1e-5, floor=1e-4))
+    assert_close(dt, torch.full_like(dt, 1e-4))
+    assert s4d_real_(torch.empty(3, 1)).abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_training_follows_float32(dtype, device):
+    """A, Δ's bias and the state stay in float32, so that half precision trains like float32."""
+
+    def losses(enabled):
+        torch.manual_seed(0)
+        layer = nn.Sequential(SS2D(8, state=4), nn.LayerNorm(8), SS2D(8, state=1)).to(device)
+        optimizer = torch.optim.AdamW(layer.parameters(), 3e-3)
+        x, target = torch.randn(4, 6, 6, 8, device=device), torch.randn(4, 6, 6, 8, device=device)
+        curve = []
+        for _ in range(60):
+            with torch.autocast(device.type, dtype=dtype, enabled=enabled):
+                loss = F.mse_loss(layer(x).float(), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        return torch.tensor(curve)
+
+    full, half = losses(False), losses(True)
+    assert full[-1] < 0.9 * full[0]
+    assert_close(half, full, rtol=0.01, atol=0)
