@@ -63,7 +63,7 @@ def test_triton_equals_reference(name, device):
     inputs = make_inputs(case, torch.float32, device)
     want = run(reference, {key: m.double() for key, m in inputs.items()}, case.routes)
     assert relative_error(gpu.forward(*inputs.values(), case.routes), want["y"]) < 1e-5
-    dy = torch.randn(want["y"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    dy = torch.randn(want["y"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).bfloat16()
     grads = gpu.backward(dy.to(inputs["x"]), *inputs.values(), case.routes)
     for key, have in zip(inputs, grads, strict=True):
         assert relative_error(have, want[f"d{key}"]) < 1e-4, key
