@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --editable
 # One stamp for each set of extras, so that a second run installs nothing.
 STAMP := $(VENV)/.installed
+# mmengine asks for the OpenCV with windows, whose libraries (libGL) a machine without a desktop lacks.
+HEADLESS_OPENCV = $(BIN)/python -m pip install --force-reinstall --no-deps opencv-python-headless
 
 .PHONY: help demo test lint clean
 .DELETE_ON_ERROR:
@@ -37,4 +39,5 @@ $(BIN)/python:
 $(STAMP)-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	$(PIP_INSTALL) '.[$*]'
+	$(BIN)/python -c 'import cv2' 2>/dev/null || $(HEADLESS_OPENCV)
 	touch $@

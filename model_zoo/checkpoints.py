@@ -94,7 +94,7 @@ def _to_ours(source: Mapping[str, Any]) -> dict[str, Tensor]:
     for family in _CONVERTERS:
         if family.is_official(source):
             return family.convert(source)
-    inner = source.get("state_dict", source)
+    inner = source.get("state_dict", source.get("model", source))
     return {key: value for key, value in inner.items() if isinstance(value, Tensor)}
 
 

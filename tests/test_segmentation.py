@@ -106,6 +106,6 @@ def test_maps_that_do_not_double_are_refused():
 
 
 def test_widths_must_fit_the_levels():
-    with pytest.raises(ValueError, match="5 decoder levels .* got 2 decoder_channels"):
+    with pytest.raises(ValueError, match=r"5 decoder levels .* got 2 decoder_channels"):
         unet(decoder_channels=(8, 16))
     assert unet(decoder_channels=(4, 4, 8, 8, 8)).heads[0].in_channels == 4

@@ -70,11 +70,6 @@ def _check(
         check_shape(op, name, tensor, {"routes": count, "channels": channels})
 
 
-def _flat(*maps: Tensor) -> tuple[Tensor, ...]:
-    """(b, *grid, c) -> (b, cells, c)"""
-    return tuple(m.flatten(1, -2) for m in maps)
-
-
 @torch.library.custom_op(
     "vision_ssm::routed_scan", mutates_args=(), device_types="cpu", schema=f"({_INPUTS}) -> Tensor"
 )
@@ -84,7 +79,7 @@ def _forward(*inputs: Any) -> Tensor:
     grid = x.shape[1:-1]
     index = index_table(decode(routes, len(grid)), tuple(grid), x.device)
     with torch.autocast("cpu", enabled=False):
-        return cpu.forward(*_flat(x, low_rank), *weights, index).view(x.shape)
+        return cpu.forward(x.flatten(1, -2), low_rank.flatten(1, -2), *weights, index=index).view(x.shape)
 
 
 @_forward.register_kernel("cuda")
@@ -112,7 +107,7 @@ def _backward(*inputs: Any) -> tuple[Tensor, ...]:
     grid = x.shape[1:-1]
     index = index_table(decode(routes, len(grid)), tuple(grid), x.device)
     with torch.autocast("cpu", enabled=False):
-        dx, dlow_rank, *grads = cpu.backward(*_flat(dy, x, low_rank), *weights, index)
+        dx, dlow_rank, *grads = cpu.backward(*(m.flatten(1, -2) for m in (dy, x, low_rank)), *weights, index=index)
     return dx.view(x.shape), dlow_rank.view(low_rank.shape), *grads
 
 

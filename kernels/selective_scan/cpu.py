@@ -37,7 +37,7 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Ten
 
 def scan_backward(
     dy: Tensor, dlast: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of :func:`scan` by u, delta, A, B, C and the initial state, from those of y and the last state."""
     x, du, ddelta = delta * u, torch.zeros_like(u), torch.zeros_like(delta)
     dA, dB, dC, dinitial = [], [], [], []

@@ -235,7 +235,8 @@ def forward(
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`vision_ssm.kernels.selective_scan.op.selective_scan`."""
-    u, delta, A, B, C, D, delta_bias, initial_state = _contiguous(u, delta, A, B, C, D, delta_bias, initial_state)
+    u, delta, A, B, C = (m.contiguous() for m in (u, delta, A, B, C))
+    D, delta_bias, initial_state = (m if m is None else m.contiguous() for m in (D, delta_bias, initial_state))
     dtype = compute_dtype(u, A, initial_state)
     y, last = torch.empty_like(u), u.new_empty(u.shape[0], *A.shape, dtype=dtype)
     sizes, grid, blocks = _launch(u, A, B)
@@ -260,9 +261,8 @@ def backward(
     initial_state: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Gradients by u, delta, A, B, C, D, delta_bias and the initial state, in the dtype that the scan computes in."""
-    dy, dlast, u, delta, A, B, C, D, delta_bias, initial_state = _contiguous(
-        dy, dlast, u, delta, A, B, C, D, delta_bias, initial_state
-    )
+    dy, dlast, u, delta, A, B, C = (m.contiguous() for m in (dy, dlast, u, delta, A, B, C))
+    D, delta_bias, initial_state = (m if m is None else m.contiguous() for m in (D, delta_bias, initial_state))
     dtype = compute_dtype(u, A, initial_state)
     sizes, grid, blocks = _launch(u, A, B)
     batch, dim, length = u.shape
@@ -285,10 +285,6 @@ def backward(
         du, ddelta, dA, dB, dC, dD, dbias, dinitial, *sizes, **constants,
     )  # fmt: skip
     return du, ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dbias.sum(0), dinitial
-
-
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def _launch(u: Tensor, A: Tensor, B: Tensor) -> tuple[tuple[int, ...], tuple[int], dict[str, int]]:

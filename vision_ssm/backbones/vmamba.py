@@ -24,7 +24,7 @@ from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from vision_ssm.layers import SS2D
+from vision_ssm.layers import SS2D, RoutedScan
 from vision_ssm.layers.ss import Mixer
 from vision_ssm.model_zoo.converters import vmamba as upstream
 
@@ -162,7 +162,7 @@ class VMamba(nn.Module):
             ]
             stages.append(VSSStage(step, blocks))
         self.stages = nn.Sequential(*stages)
-        self.norm = _norm(self.num_features)
+        self.norm: nn.Module = _norm(self.num_features)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
         self.apply(_init_weights)
 
@@ -183,8 +183,9 @@ class VMamba(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, VSSStage):
+                module.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -257,7 +258,7 @@ def _init_weights(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif hasattr(module, "x_proj"):  # children come first: undo the above inside a scan
+    elif isinstance(module, RoutedScan):  # children come first: undo the above inside a scan
         module.reset_parameters()
 
 

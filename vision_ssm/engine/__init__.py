@@ -1,0 +1,1 @@
+"""Training, evaluation and prediction behind mmengine's Config and Runner."""

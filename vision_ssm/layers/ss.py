@@ -61,7 +61,8 @@ class RoutedScan(nn.Module):
         A = -torch.exp(self.A_log)
         y = routed_scan(x, low_rank, self.dt_weight, self.dt_bias, A, self.D, self.routes)
         if self.multiple > 1:
-            y = y[(slice(None), *(slice(size) for size in grid))]
+            kept = (slice(None), *(slice(size) for size in grid))
+            y = y[kept]
         return y
 
     def extra_repr(self) -> str:

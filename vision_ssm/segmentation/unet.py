@@ -113,7 +113,9 @@ def create_encoder(backbone: str, **arguments: Any) -> nn.Module:
     """
     if not timm.is_model(backbone):
         close = difflib.get_close_matches(backbone, timm.list_models(), n=5) or timm.list_models("*vmamba*")
-        raise ValueError(f"unknown backbone {backbone!r}; did you mean {', '.join(close)}? timm.list_models() lists all")
+        raise ValueError(
+            f"unknown backbone {backbone!r}; did you mean {', '.join(close)}? timm.list_models() lists all"
+        )
     encoder = timm.create_model(backbone, features_only=True, **arguments)
     if encoder.output_fmt != "NCHW":
         encoder = ChannelsFirst(encoder)

@@ -1,0 +1,19 @@
+"""What every run shares: loops by step, hooks, logs, seed."""
+
+from mmengine.hooks import CheckpointHook, IterTimerHook, LoggerHook, ParamSchedulerHook, RuntimeInfoHook
+from mmengine.runner import IterBasedTrainLoop, LogProcessor, TestLoop, ValLoop
+
+train_cfg = dict(type=IterBasedTrainLoop, max_iters=450, val_interval=150)
+val_cfg = dict(type=ValLoop)
+test_cfg = dict(type=TestLoop)
+
+default_hooks = dict(
+    runtime_info=dict(type=RuntimeInfoHook),
+    timer=dict(type=IterTimerHook),
+    logger=dict(type=LoggerHook, interval=10),
+    param_scheduler=dict(type=ParamSchedulerHook),
+    checkpoint=dict(type=CheckpointHook, interval=150, by_epoch=False, max_keep_ckpts=2),
+)
+log_processor = dict(type=LogProcessor, by_epoch=False)
+log_level = "ERROR"
+randomness = dict(seed=0)

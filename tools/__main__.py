@@ -1,0 +1,51 @@
+"""The command ``vision-ssm``.
+
+Examples:
+  vision-ssm quickstart
+  vision-ssm train medical/deep_grey_vmamba_unet --work-dir runs/brain
+  vision-ssm eval medical/deep_grey_vmamba_unet runs/brain/weights.safetensors
+  vision-ssm predict medical/deep_grey_vmamba_unet runs/brain/weights.safetensors in.nii.gz out.nii.gz
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from vision_ssm._version import __version__
+from vision_ssm.tools.errors import run
+
+COMMANDS = {
+    "quickstart": "train, test and show three networks on the embedded brain",
+    "train": "train the model of a config",
+    "eval": "measure a checkpoint on its config's test set",
+    "predict": "label a NIfTI volume",
+    "benchmark": "time operators and models",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    chosen = parser().parse_args(arguments[:1])
+    if chosen.command is None:
+        parser().print_help()
+        return 0
+    command = importlib.import_module(f"vision_ssm.tools.{chosen.command}")
+    return run(command.main, arguments[1:])
+
+
+def parser() -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items())
+    p = argparse.ArgumentParser(
+        prog="vision-ssm",
+        description=f"commands:\n{listing}\n\n'vision-ssm COMMAND --help' says more.",
+        epilog=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--version", action="version", version=f"vision-ssm {__version__}")
+    p.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="one of the commands above")
+    return p
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

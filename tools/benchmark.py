@@ -1,0 +1,73 @@
+"""Measure a suite and write its rows as JSON lines, or render such files as Markdown tables.
+
+Suites: cpu (VMamba-T beside Swin-T), ops (operators), models (inference and training), smoke (two minutes on a GPU).
+
+Examples:
+  vision-ssm benchmark --suite smoke --out smoke.jsonl
+  vision-ssm benchmark render smoke.jsonl
+  vision-ssm benchmark render --into README.md
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from vision_ssm.tools.errors import debug_option, run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser()
+    args = arguments.parse_args(argv)
+    if args.command == "render":
+        render_files(args.files, args.into)
+    elif args.suite and args.out:
+        measure(args.suite, args.out, args.device)
+    else:
+        arguments.error("give --suite and --out, or the command render")
+    return 0
+
+
+def measure(suite: str, out: Path, device: str | None) -> None:
+    from rich.console import Console
+
+    from vision_ssm.engine import benchmark
+    from vision_ssm.engine.benchmark.rows import write_rows
+
+    console = Console(highlight=False, soft_wrap=True)
+    for row in write_rows(benchmark.run(suite, device), out):
+        accuracy = f", error {row.accuracy.error:.1e}" if row.accuracy else ""
+        console.print(f"{row.subject} {row.case} {row.dtype} {row.direction}: {row.timing.median_ms:.4g} ms{accuracy}")
+    console.print(f"wrote {out}")
+
+
+def render_files(files: Sequence[Path], document: Path | None) -> None:
+    from rich.console import Console
+
+    from vision_ssm.engine.benchmark.rows import fill, read_rows, render
+
+    if not files and document is None:
+        raise ValueError("render needs files of rows, or --into DOCUMENT")
+    if document is not None:
+        fill(document)
+    for file in files:
+        Console(highlight=False, markup=False, soft_wrap=True).print(render(read_rows(file)))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="vision-ssm benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[debug_option()],
+    )
+    p.add_argument("--suite", help="what to measure")
+    p.add_argument("--out", type=Path, help="new file for the rows, one JSON object each")
+    p.add_argument("--device", help="cpu or cuda; by default the suite's own, else cuda if there is one")
+    rendering = p.add_subparsers(dest="command").add_parser("render", help="print or fill in Markdown tables")
+    rendering.add_argument("files", nargs="*", type=Path, help="files of rows, printed as tables")
+    rendering.add_argument("--into", type=Path, help="document whose <!-- benchmark FILE --> blocks are rendered anew")
+    return p
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

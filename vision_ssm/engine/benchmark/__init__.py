@@ -1,0 +1,83 @@
+"""Timings of operators and models, each operator with its error against the float64 reference of the same run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .jobs import ModelJob, OperatorJob
+from .rows import Row
+from .timing import describe
+
+__all__ = ["SUITES", "Suite", "run"]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What to measure, and for how many seconds each row; ``device`` is where, if it matters."""
+
+    jobs: tuple[OperatorJob | ModelJob, ...]
+    seconds: float
+    device: str | None = None
+
+
+_BOTH_WIDTHS = (torch.float32, torch.bfloat16)
+
+SUITES: dict[str, Suite] = {
+    "cpu": Suite(
+        (ModelJob(("vmamba_tiny", "swin_tiny_patch4_window7_224"), batch=1),),
+        seconds=10,
+        device="cpu",
+    ),
+    "ops": Suite(
+        (
+            OperatorJob("routed_scan", ("stage?",), _BOTH_WIDTHS),
+            OperatorJob("selective_scan", ("vim_tiny",), _BOTH_WIDTHS),
+        ),
+        seconds=1,
+    ),
+    "models": Suite(
+        (
+            ModelJob(
+                ("vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny"),
+                batch=128,
+                autocast=torch.bfloat16,
+            ),
+        ),
+        seconds=3,
+    ),
+    "smoke": Suite(
+        (
+            OperatorJob("routed_scan", ("prime_grid", "atrous", "volume"), _BOTH_WIDTHS),
+            OperatorJob("selective_scan", ("prime_length", "state_16"), _BOTH_WIDTHS),
+            ModelJob(("vmamba_tiny",), batch=1),
+        ),
+        seconds=0.3,
+    ),
+}
+
+
+def run(suite: str, device: torch.device | str | None = None) -> Iterator[Row]:
+    """Rows of a suite, each as soon as it is measured; bad arguments raise at once.
+
+    Args:
+        suite: a name in ``SUITES``.
+        device: where to measure; by default the suite's own device, else CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: unknown suite, or a device other than the one the suite is for.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"unknown suite {suite!r}; suites are {', '.join(SUITES)}")
+    plan = SUITES[suite]
+    place = torch.device(device or plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if plan.device not in (None, place.type):
+        raise ValueError(f"suite {suite!r} is for {plan.device}; got device {str(place)!r}")
+    return _rows(suite, place)
+
+
+def _rows(suite: str, device: torch.device) -> Iterator[Row]:
+    environment = describe(device)
+    for job in SUITES[suite].jobs:
+        for fields in job.rows(device, SUITES[suite].seconds):
+            yield Row(suite=suite, environment=environment, **fields)

@@ -1,0 +1,200 @@
+"""What a suite is made of: cases of an operator, and models side by side.
+
+Cases of the operators come from ``kernels/<operator>/cases.py``, which the tests use too. Models are measured in turns,
+so that a change of the machine's clock or load meets all of them alike.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from itertools import product
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vision_ssm.kernels import routed_scan, selective_scan
+from vision_ssm.kernels.routed_scan import cases as routed_cases
+from vision_ssm.kernels.routed_scan.reference import routed_scan_ref
+from vision_ssm.kernels.routes import index_table
+from vision_ssm.kernels.selective_scan import cases as selective_cases
+from vision_ssm.kernels.selective_scan.reference import selective_scan_ref
+
+from .rows import Accuracy
+from .timing import measure
+
+__all__ = ["BOTH", "FORWARD", "OPERATORS", "ModelJob", "Operator", "OperatorJob"]
+
+FORWARD, BOTH = "forward", "forward+backward"
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """How to call an operator and its reference on the inputs of a case; ``batched`` inputs have a batch axis."""
+
+    cases: Mapping[str, Any]
+    make_inputs: Callable[..., Inputs]
+    call: Callable[[Any, Inputs], Tensor]
+    reference: Callable[[Any, Inputs], Tensor]
+    batched: tuple[str, ...]
+
+    def work(self, case: Any, inputs: Inputs, dy: Tensor, direction: str) -> Callable[[], object]:
+        """What is timed."""
+        if direction == FORWARD:
+            return partial(self.call, case, inputs)
+        leaves = _leaves(inputs)
+        return lambda: torch.autograd.grad(self.call(case, leaves), list(leaves.values()), dy)
+
+    def accuracy(self, case: Any, inputs: Inputs, dy: Tensor, direction: str) -> Accuracy:
+        """Error against the float64 reference, and bytes moved at least.
+
+        The call has its full batch; the reference computes the first sample, and the other samples' dy is zero, so
+        that the gradients of the weights are those of this sample too. Backward reads dy and the inputs once more,
+        and writes the gradients.
+        """
+        leaves = _leaves(inputs)
+        first = {name: m[:1] if name in self.batched else m for name, m in inputs.items()}
+        exact = _leaves({name: m.double() for name, m in first.items()})
+        y, expected = self.call(case, leaves), self.reference(case, exact)
+        pairs = [(y[:1], expected)]
+        read, written = sum(m.nbytes for m in inputs.values()), y.nbytes
+        compulsory_bytes = read + written
+        if direction == BOTH:
+            dy = torch.cat([dy[:1], torch.zeros_like(dy[1:])])
+            grads = torch.autograd.grad(y, list(leaves.values()), dy)
+            exact_grads = torch.autograd.grad(expected, list(exact.values()), dy[:1].double())
+            pairs += [(ours[: theirs.shape[0]], theirs) for ours, theirs in zip(grads, exact_grads, strict=True)]
+            compulsory_bytes += 2 * read + written
+        return Accuracy(error=max(_deviation(*pair) for pair in pairs), compulsory_bytes=compulsory_bytes)
+
+
+@dataclass(frozen=True)
+class OperatorJob:
+    """Cases of one operator whose names match one of the patterns, forward and forward with backward."""
+
+    operator: str
+    cases: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+
+    def rows(self, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+        """Fields of each row, all but the suite and the environment."""
+        operator = OPERATORS[self.operator]
+        names = [name for name in operator.cases if any(fnmatch(name, pattern) for pattern in self.cases)]
+        for name, dtype, direction in product(names, self.dtypes, (FORWARD, BOTH)):
+            case = operator.cases[name]
+            inputs = operator.make_inputs(case, dtype, device)
+            dy = torch.randn_like(operator.call(case, inputs))
+            accuracy = operator.accuracy(case, inputs, dy, direction)
+            yield {
+                "subject": self.operator,
+                "case": name,
+                "batch": case.batch,
+                "direction": direction,
+                "dtype": _name(dtype),
+                "layout": _name(torch.contiguous_format),
+                "timing": measure({name: operator.work(case, inputs, dy, direction)}, device, seconds)[name],
+                "accuracy": accuracy,
+            }
+
+
+@dataclass(frozen=True)
+class ModelJob:
+    """timm models with random weights, measured in turns; ``autocast`` is the dtype of autocast, if any."""
+
+    models: tuple[str, ...]
+    batch: int
+    size: int = 224
+    autocast: torch.dtype | None = None
+    layout: torch.memory_format = torch.contiguous_format
+
+    def rows(self, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+        """Fields of each row, all but the suite and the environment."""
+        models = {name: timm.create_model(name).to(device).to(memory_format=self.layout) for name in self.models}
+        images = torch.randn(self.batch, 3, self.size, self.size, device=device).to(memory_format=self.layout)
+        for direction, step in ((FORWARD, _infer), (BOTH, _train_step)):
+            work = {name: partial(step, model, images, self.autocast) for name, model in models.items()}
+            for name, timing in measure(work, device, seconds).items():
+                yield {
+                    "subject": name,
+                    "case": f"{self.size} px",
+                    "batch": self.batch,
+                    "direction": direction,
+                    "dtype": _name(self.autocast or torch.float32),
+                    "layout": _name(self.layout),
+                    "timing": timing,
+                    "accuracy": None,
+                }
+
+
+def _infer(model: nn.Module, images: Tensor, autocast: torch.dtype | None) -> None:
+    model.eval()
+    with torch.inference_mode(), torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+        model(images)
+
+
+def _train_step(model: nn.Module, images: Tensor, autocast: torch.dtype | None) -> None:
+    """Forward and backward of the cross entropy, without an optimizer."""
+    model.train()
+    model.zero_grad()
+    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+
+
+def _leaves(inputs: Inputs) -> Inputs:
+    return {name: m.detach().requires_grad_() for name, m in inputs.items()}
+
+
+def _deviation(ours: Tensor, exact: Tensor) -> float:
+    """Largest difference relative to the largest exact value; the smallest normal number stands in for a zero."""
+    return ((ours - exact).abs().max() / exact.abs().max().clamp(min=torch.finfo(exact.dtype).tiny)).item()
+
+
+def _name(value: torch.dtype | torch.memory_format) -> str:
+    return str(value).removeprefix("torch.").removesuffix("_format")
+
+
+def _routed_scan(case: routed_cases.Case, inputs: Inputs) -> Tensor:
+    return routed_scan(**inputs, routes=case.routes)
+
+
+def _routed_scan_ref(case: routed_cases.Case, inputs: Inputs) -> Tensor:
+    x = inputs["x"]
+    flat = {**inputs, "x": x.flatten(1, -2), "low_rank": inputs["low_rank"].flatten(1, -2)}
+    return routed_scan_ref(**flat, index=index_table(case.routes, case.grid, x.device)).view(x.shape)
+
+
+def _selective_scan(case: selective_cases.Case, inputs: Inputs) -> Tensor:
+    arguments: dict[str, Any] = {**inputs, "delta_softplus": True}
+    y = selective_scan(**arguments)
+    assert isinstance(y, Tensor)  # no last state was asked for
+    return y
+
+
+def _selective_scan_ref(case: selective_cases.Case, inputs: Inputs) -> Tensor:
+    arguments: dict[str, Any] = {**inputs, "delta_softplus": True}
+    return selective_scan_ref(**arguments)[0]
+
+
+OPERATORS: dict[str, Operator] = {
+    "routed_scan": Operator(
+        cases=routed_cases.CASES,
+        make_inputs=routed_cases.make_inputs,
+        call=_routed_scan,
+        reference=_routed_scan_ref,
+        batched=("x", "low_rank"),
+    ),
+    "selective_scan": Operator(
+        cases=selective_cases.CASES,
+        make_inputs=selective_cases.make_inputs,
+        call=_selective_scan,
+        reference=_selective_scan_ref,
+        batched=("u", "delta", "B", "C"),
+    ),
+}

@@ -1,0 +1,207 @@
+"""Rows of a benchmark: their JSON lines, and the Markdown tables that are rendered from them."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+
+__all__ = ["Accuracy", "Environment", "Row", "Timing", "fill", "filled", "read_rows", "render", "write_rows"]
+
+_BLOCK = re.compile(r"(?P<head><!-- benchmark (?P<files>[^>]+?) -->\n).*?(?P<tail><!-- /benchmark -->)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Where a row was measured; only rows of one environment may be compared."""
+
+    device: str
+    threads: int
+    torch: str
+    timm: str
+    triton: str | None
+    numba: str | None
+    commit: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Milliseconds of one run over several runs.
+
+    Args:
+        peak_mib: highest device memory of one run, inputs included; None on a CPU.
+        clock_mhz: clock of the GPU's multiprocessors right after; None on a CPU, or where it cannot be read.
+    """
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    runs: int
+    peak_mib: float | None
+    clock_mhz: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """What a row of an operator must have and a row of a model cannot.
+
+    Args:
+        error: largest deviation from the float64 reference, relative to the reference's largest value, over the output
+            and (backward) all gradients.
+        compulsory_bytes: each input read once and each output written once.
+    """
+
+    error: float
+    compulsory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement.
+
+    Args:
+        subject: operator or model.
+        case: name of the operator's shapes, or the side of the model's image.
+        batch: samples of one run.
+        direction: "forward" or "forward+backward".
+        dtype: of the tensors, or of the autocast.
+        layout: order of the axes in memory.
+    """
+
+    suite: str
+    subject: str
+    case: str
+    batch: int
+    direction: str
+    dtype: str
+    layout: str
+    timing: Timing
+    accuracy: Accuracy | None
+    environment: Environment
+
+    @property
+    def gb_per_s(self) -> float:
+        """Compulsory bytes of an operator over its median time."""
+        assert self.accuracy is not None
+        return self.accuracy.compulsory_bytes / self.timing.median_ms / 1e6
+
+    @property
+    def samples_per_s(self) -> float:
+        return 1e3 * self.batch / self.timing.median_ms
+
+    @classmethod
+    def from_json(cls, line: str) -> "Row":
+        fields = json.loads(line)
+        accuracy = fields["accuracy"] and Accuracy(**fields["accuracy"])
+        nested = {"timing": Timing(**fields["timing"]), "environment": Environment(**fields["environment"])}
+        return cls(**{**fields, **nested, "accuracy": accuracy})
+
+
+def write_rows(rows: Iterable[Row], path: Path) -> Iterator[Row]:
+    """Passes rows on while it writes them; ``path`` appears when the last is there, until then ``path``.part grows.
+
+    Raises:
+        FileExistsError: ``path`` exists.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists, and results are never overwritten; choose another name or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as lines:
+        for row in rows:
+            lines.write(json.dumps(asdict(row)) + "\n")
+            lines.flush()
+            yield row
+    part.replace(path)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a file of JSON lines; raises ValueError naming the line that is no row."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(Row.from_json(line))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number} is no benchmark row: {error}") from error
+    return rows
+
+
+def render(rows: Sequence[Row]) -> str:
+    """Markdown: one table for each environment and kind of row, in the order of measurement."""
+
+    def kind(row: Row) -> tuple[Environment, bool]:
+        return row.environment, row.accuracy is None
+
+    tables = []
+    for (environment, is_model), group in groupby(rows, key=kind):
+        members = list(group)
+        body = _model_lines(members) if is_model else _operator_lines(members)
+        tables.append("\n".join([_caption(environment, members), "", *body]))
+    return "\n\n".join(tables) + "\n"
+
+
+def filled(document: Path) -> str:
+    """Text of ``document`` with each ``<!-- benchmark FILE... -->`` block rendered anew; paths are relative to it.
+
+    Raises:
+        ValueError: the document has no such block, or a file holds something else than rows.
+    """
+    text = document.read_text(encoding="utf-8")
+    if not _BLOCK.search(text):
+        raise ValueError(f"{document} has no block <!-- benchmark FILE... --> ... <!-- /benchmark --> to fill")
+
+    def rendered(block: re.Match[str]) -> str:
+        rows = [row for name in block["files"].split() for row in read_rows(document.parent / name)]
+        return f"{block['head']}\n{render(rows)}\n{block['tail']}"
+
+    return _BLOCK.sub(rendered, text)
+
+
+def fill(document: Path) -> None:
+    """Renders the blocks of ``document`` in place; see :func:`filled`."""
+    part = document.with_name(f"{document.name}.part")
+    part.write_text(filled(document), encoding="utf-8")
+    part.replace(document)
+
+
+def _caption(environment: Environment, rows: Iterable[Row]) -> str:
+    clocks = sorted({row.timing.clock_mhz for row in rows if row.timing.clock_mhz})
+    versions = {name: getattr(environment, name) for name in ("torch", "timm", "triton", "numba")}
+    parts = [
+        environment.device,
+        *([f"{clocks[0]} to {clocks[-1]} MHz"] if clocks else []),
+        f"{environment.threads} threads",
+        *(f"{name} {version}" for name, version in versions.items() if version),
+        f"commit {environment.commit}",
+    ]
+    return ", ".join(parts) + "."
+
+
+def _operator_lines(rows: Iterable[Row]) -> Iterator[str]:
+    yield "| operator | case | dtype | direction | median ms (p20 to p80) | GB/s | error | peak MiB |"
+    yield "|---|---|---|---|---:|---:|---:|---:|"
+    for row in rows:
+        assert row.accuracy is not None
+        yield (
+            f"| {row.subject} | {row.case} | {row.dtype} | {row.direction} | {_times(row.timing)} "
+            f"| {row.gb_per_s:.3g} | {row.accuracy.error:.1e} | {_memory(row.timing)} |"
+        )
+
+
+def _model_lines(rows: Iterable[Row]) -> Iterator[str]:
+    yield "| model | batch x side | dtype | direction | median ms (p20 to p80) | images/s | peak MiB |"
+    yield "|---|---|---|---|---:|---:|---:|"
+    for row in rows:
+        yield (
+            f"| {row.subject} | {row.batch} x {row.case} | {row.dtype} | {row.direction} | {_times(row.timing)} "
+            f"| {row.samples_per_s:.3g} | {_memory(row.timing)} |"
+        )
+
+
+def _times(timing: Timing) -> str:
+    return f"{timing.median_ms:.4g} ({timing.p20_ms:.4g} to {timing.p80_ms:.4g})"
+
+
+def _memory(timing: Timing) -> str:
+    return "" if timing.peak_mib is None else f"{timing.peak_mib:.0f}"

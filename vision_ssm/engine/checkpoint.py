@@ -1,0 +1,121 @@
+"""Checkpoints that are never half-written, never run code when read, and never load into another model.
+
+The Runner's checkpoints hold tensors and built-in types alone, so ``torch.load(weights_only=True)`` reads them with no
+allow-list; published weights are safetensors with metadata.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from vision_ssm._version import __version__
+
+__all__ = ["latest_checkpoint", "load_into", "read_state", "save_weights", "write_atomically"]
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets ``write`` fill a file beside ``path``, flushes it to the disk and renames it: all of it or nothing."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The Runner's checkpoint with the highest step.
+
+    Raises:
+        FileNotFoundError: the folder holds none.
+    """
+    found = sorted(folder.glob("iter_*.pth"), key=lambda path: int(path.stem.removeprefix("iter_")))
+    if not found:
+        raise FileNotFoundError(f"no checkpoint iter_*.pth in {folder}, so nothing to resume; start without --resume")
+    return found[-1]
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A Runner checkpoint, on the CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file; it is truncated, holds code, or is no such checkpoint.
+    """
+    require_file(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is truncated or no checkpoint ({reason}); use an earlier one") from error
+    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} has no state_dict; give a checkpoint that `vision-ssm train` wrote, or .safetensors")
+    return dict(checkpoint)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Weights of the network in a Runner checkpoint (.pth) or in published weights (.safetensors).
+
+    Raises:
+        FileNotFoundError, ValueError: see ``read_checkpoint``.
+    """
+    if path.suffix != ".safetensors":
+        state = read_checkpoint(path)["state_dict"]
+        return {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
+    require_file(path)
+    try:
+        with safe_open(path, framework="pt") as weights:
+            return {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}); copy it again") from error
+
+
+def require_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such checkpoint: {path}. Give a .pth or .safetensors file")
+
+
+def load_into(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
+    """Strictly loads ``state``; nothing is changed unless every key and shape fits.
+
+    Raises:
+        ValueError: the weights belong to another model.
+    """
+    own = module.state_dict()
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if missing or unexpected or shapes:
+        counts = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        listed = "; ".join(f"{len(keys)} {what} (e.g. {min(keys)})" for what, keys in counts.items() if keys)
+        raise ValueError(f"{source} holds the weights of another model: {listed}. Use the config it was trained with")
+    module.load_state_dict(dict(state))
+
+
+def save_weights(path: Path, net: nn.Module, *, config: str, classes: tuple[str, ...], channels: int) -> None:
+    """Publishes a network's weights as safetensors.
+
+    Args:
+        config: name of the config that builds the network.
+        classes: names of the output classes, background excluded for segmentation.
+        channels: channels of the input.
+    """
+    metadata = {
+        "format": "pt",
+        "package": "vision_ssm",
+        "version": __version__,
+        "config": config,
+        "classes": json.dumps(classes),
+        "input_channels": str(channels),
+        "parameters": str(sum(parameter.numel() for parameter in net.parameters())),
+    }
+    state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+    write_atomically(path, lambda partial: partial.write_bytes(save(state, metadata=metadata)))

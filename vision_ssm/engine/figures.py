@@ -1,0 +1,77 @@
+"""Pictures of a run: loss curves and label maps over the image."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from vision_ssm.engine.checkpoint import write_atomically
+
+__all__ = ["curves", "overlays", "save_figure"]
+
+COLOURS = colormaps["tab10"].colors
+SLICES = 5
+
+
+def overlays(image: np.ndarray, maps: Mapping[str, np.ndarray], classes: Sequence[str]) -> Figure:
+    """Axial slices of an image under one row of label maps each.
+
+    Args:
+        image: (x, y, z).
+        maps: title -> labels (x, y, z); the first chooses the slices.
+        classes: names of the labels 1, 2, ...
+    """
+    chosen = informative_slices(next(iter(maps.values())))
+    shape = (image.shape[0], image.shape[1])
+    figure = Figure(figsize=(2.2 * len(chosen), 2.4 * len(maps) * shape[1] / max(shape) + 0.8), layout="constrained")
+    grid = figure.subplots(len(maps), len(chosen), squeeze=False)
+    for row, (title, labels) in zip(grid, maps.items(), strict=True):
+        for axes, position in zip(row, chosen, strict=True):
+            draw(axes, image[..., position], labels[..., position], len(classes))
+        row[0].set_ylabel(title)
+    for axes, position in zip(grid[0], chosen, strict=True):
+        axes.set_title(f"slice {position}", fontsize=8)
+    patches = [Patch(color=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(classes)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(classes), 6), fontsize=8, frameon=False)
+    return figure
+
+
+def informative_slices(labels: np.ndarray) -> list[int]:
+    """Positions along z spread evenly over the slices that hold labels, or over all if none does."""
+    labelled = np.flatnonzero(labels.any(axis=(0, 1)))
+    positions = labelled if len(labelled) else np.arange(labels.shape[2])
+    inner = np.linspace(0, len(positions) - 1, SLICES + 2)[1:-1]
+    return sorted({int(positions[round(step)]) for step in inner})
+
+
+def draw(axes, image: np.ndarray, labels: np.ndarray, classes: int) -> None:
+    """One slice, first axis to the right and second axis up, with colour where there is a label."""
+    colour = np.zeros((*labels.shape, 4))
+    for label in range(1, classes + 1):
+        colour[labels == label] = (*COLOURS[(label - 1) % len(COLOURS)], 0.55)
+    axes.imshow(image.T, cmap="gray", origin="lower")
+    axes.imshow(colour.transpose(1, 0, 2), origin="lower", interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def curves(losses: Mapping[str, Sequence[float]], window: int = 10) -> Figure:
+    """Training loss of each run, averaged over ``window`` steps."""
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    for title, values in losses.items():
+        width = min(window, len(values))
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+        axes.plot(np.arange(width, len(values) + 1), smooth, label=title)
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"training loss, mean of {window} steps")
+    axes.legend(frameon=False)
+    return figure
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Writes a PNG whole."""
+    write_atomically(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))

@@ -1,0 +1,110 @@
+"""One training run from config to published weights."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+from rich.console import Console
+from torch import nn
+
+from vision_ssm.engine.checkpoint import save_weights, write_atomically
+from vision_ssm.engine.config import config_name
+from vision_ssm.engine.evaluate import evaluate
+from vision_ssm.engine.progress import ProgressHook
+from vision_ssm.engine.runner import SafeRunner, build_runner, device
+from vision_ssm.engine.tasks import count_parameters
+
+__all__ = ["TrainingResult", "train", "write_json"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a finished run measured.
+
+    Attributes:
+        config: name of the config.
+        parameters: trainable parameters of the network.
+        steps: optimizer steps since the start, earlier runs included.
+        seconds: wall clock of this run's training and validation; evaluation at the end is not counted.
+        device: type of the device, such as cpu or cuda.
+        losses: training loss of every step.
+        scores: metrics on the test set after the last step.
+    """
+
+    config: str
+    parameters: int
+    steps: int
+    seconds: float
+    device: str
+    losses: list[float]
+    scores: dict[str, float]
+
+
+def train(
+    config: Config, work_dir: Path, *, console: Console, title: str = "training", resume: bool = False
+) -> tuple[TrainingResult, nn.Module]:
+    """Trains, evaluates on the test set, and leaves ``weights.safetensors`` and ``metrics.json`` in ``work_dir``.
+
+    Returns:
+        What was measured, and the task that was trained, in evaluation mode.
+
+    Raises:
+        FileExistsError, PermissionError, FileNotFoundError: see ``build_runner``.
+        TrainingInterrupted: Ctrl-C; a checkpoint was kept.
+    """
+    progress = ProgressHook(console, title=title, score=config.score)
+    runner = build_runner(config, work_dir, resume=resume, hooks=(progress,))
+    start = time.perf_counter()
+    try:
+        runner.train()
+    finally:
+        progress.close()
+    seconds = time.perf_counter() - start
+
+    task = getattr(runner.model, "module", runner.model).eval()
+    result = TrainingResult(
+        config=config_name(config),
+        parameters=count_parameters(task.net),
+        steps=runner.iter,
+        seconds=seconds,
+        device=device().type,
+        losses=loss_curve(runner),
+        scores=evaluate(config, task),
+    )
+    if is_main_process():
+        channels = len(runner.train_dataloader.dataset[0]["image"])
+        save_weights(
+            work_dir / "weights.safetensors",
+            task.net,
+            config=result.config,
+            classes=tuple(config.classes),
+            channels=channels,
+        )
+        write_json(work_dir / "metrics.json", asdict(result))
+    return result, task
+
+
+def loss_curve(runner: SafeRunner) -> list[float]:
+    """Training loss of every step, those before an interruption included."""
+    losses, _ = runner.message_hub.get_scalar("train/loss").data
+    return [float(loss) for loss in losses]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file whole; numbers that JSON cannot hold, such as an infinite distance, become null."""
+    text = json.dumps(finite(content), indent=2) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text))
+
+
+def finite(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {key: finite(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
