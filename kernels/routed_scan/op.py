@@ -78,8 +78,9 @@ def _forward(*inputs: Any) -> Tensor:
     x, low_rank, *weights, routes = inputs
     grid = x.shape[1:-1]
     index = index_table(decode(routes, len(grid)), tuple(grid), x.device)
+    flat = [x.flatten(1, -2), low_rank.flatten(1, -2), *weights, index]
     with torch.autocast("cpu", enabled=False):
-        return cpu.forward(x.flatten(1, -2), low_rank.flatten(1, -2), *weights, index=index).view(x.shape)
+        return cpu.forward(*flat).view(x.shape)
 
 
 @_forward.register_kernel("cuda")
@@ -106,8 +107,9 @@ def _backward(*inputs: Any) -> tuple[Tensor, ...]:
     dy, x, low_rank, *weights, routes = inputs
     grid = x.shape[1:-1]
     index = index_table(decode(routes, len(grid)), tuple(grid), x.device)
+    flat = [*(m.flatten(1, -2) for m in (dy, x, low_rank)), *weights, index]
     with torch.autocast("cpu", enabled=False):
-        dx, dlow_rank, *grads = cpu.backward(*(m.flatten(1, -2) for m in (dy, x, low_rank)), *weights, index=index)
+        dx, dlow_rank, *grads = cpu.backward(*flat)
     return dx.view(x.shape), dlow_rank.view(low_rank.shape), *grads
 
 
