@@ -41,7 +41,7 @@ model = dict(
 )
 
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=16,
     dataset=dict(
         type=Draws,
         dataset=dict(
@@ -74,5 +74,5 @@ test_dataloader = val_dataloader
 val_evaluator = [dict(type=Dice, structures=classes)]
 test_evaluator = [dict(type=Dice, structures=classes), dict(type=HD95, structures=classes)]
 
-optim_wrapper = dict(type=OptimWrapper, optimizer=dict(type=AdamW, lr=5e-3, weight_decay=1e-4))
-param_scheduler = [dict(type=OneCycleLR, eta_max=5e-3, by_epoch=False)]
+optim_wrapper = dict(type=OptimWrapper, optimizer=dict(type=AdamW, lr=8e-3, weight_decay=1e-4))
+param_scheduler = [dict(type=OneCycleLR, eta_max=8e-3, by_epoch=False)]

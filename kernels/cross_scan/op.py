@@ -65,7 +65,9 @@ def _check_merge(y: Tensor, code: Sequence[int], grid: Sequence[int]) -> None:
     check_shape("cross_merge", "y", y, sizes)
 
 
-@torch.library.custom_op("vision_ssm::cross_scan", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "vision_ssm::cross_scan", mutates_args=(), device_types="cpu", schema="(Tensor x, int[] routes) -> Tensor"
+)
 def _scan(x: Tensor, routes: Sequence[int]) -> Tensor:
     _check_scan(x)
     grid = x.shape[2:]
@@ -86,7 +88,12 @@ def _(x: Tensor, routes: Sequence[int]) -> Tensor:
     return x.new_empty(x.shape[0], len(decoded), x.shape[1], decoded[0].length(x.shape[2:]))
 
 
-@torch.library.custom_op("vision_ssm::cross_merge", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "vision_ssm::cross_merge",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor y, int[] routes, SymInt[] grid) -> Tensor",
+)
 def _merge(y: Tensor, routes: Sequence[int], grid: Sequence[int]) -> Tensor:
     _check_merge(y, routes, grid)
     index = index_table(decode(routes, len(grid)), tuple(grid), y.device)

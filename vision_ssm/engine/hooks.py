@@ -39,6 +39,10 @@ class PlainStateHook(Hook):
             for name, value in hub["runtime_info"].items()
         }
         hub["resumed_keys"] = dict(hub["resumed_keys"])
+        checkpoint["param_schedulers"] = [  # a schedule keeps its function from its config
+            {name: value for name, value in state.items() if not callable(value)}
+            for state in checkpoint.get("param_schedulers", [])
+        ]
         checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state()
