@@ -174,7 +174,7 @@ def test_a_checkpoint_that_carries_code_is_not_run(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"state_dict": Payload()}))
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"state_dict": Payload()}, protocol=2))
     with pytest.raises(ValueError, match="no checkpoint"):
         read_state(tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()

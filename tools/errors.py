@@ -20,7 +20,7 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
     try:
         return main(arguments)
     except KeyboardInterrupt as interruption:
-        sys.stderr.write(f"vision-ssm: {interruption or 'interrupted'}\n")
+        sys.stderr.write(f"vision-ssm: {str(interruption) or 'interrupted'}\n")
         return 130
     except FAILURES as error:
         if "--debug" in arguments:

@@ -3,7 +3,7 @@
 from mmengine.hooks import CheckpointHook, IterTimerHook, LoggerHook, ParamSchedulerHook, RuntimeInfoHook
 from mmengine.runner import IterBasedTrainLoop, LogProcessor, TestLoop, ValLoop
 
-train_cfg = dict(type=IterBasedTrainLoop, max_iters=270, val_interval=90)
+train_cfg = dict(type=IterBasedTrainLoop, max_iters=240, val_interval=80)
 val_cfg = dict(type=ValLoop)
 test_cfg = dict(type=TestLoop)
 
@@ -12,7 +12,7 @@ default_hooks = dict(
     timer=dict(type=IterTimerHook),
     logger=dict(type=LoggerHook, interval=10),
     param_scheduler=dict(type=ParamSchedulerHook),
-    checkpoint=dict(type=CheckpointHook, interval=90, by_epoch=False, max_keep_ckpts=2),
+    checkpoint=dict(type=CheckpointHook, interval=80, by_epoch=False, max_keep_ckpts=2),
 )
 log_processor = dict(type=LogProcessor, by_epoch=False)
 log_level = "ERROR"

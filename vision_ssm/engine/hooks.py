@@ -67,7 +67,7 @@ class TrainingInterrupted(KeyboardInterrupt):
     """Training stopped on request, with everything that is needed to go on kept in ``checkpoint``."""
 
     def __init__(self, checkpoint: Path, step: int) -> None:
-        super().__init__(f"interrupted after step {step}; kept {checkpoint}")
+        super().__init__(f"interrupted after step {step}; kept {checkpoint}. Repeat the command with --resume")
         self.checkpoint = checkpoint
         self.step = step
 

@@ -65,8 +65,9 @@ class HD95(StructureMetric):
         self.spacing = tuple(spacing)
 
     def score(self, prediction: Tensor, label: Tensor) -> Tensor:
-        with warnings.catch_warnings():  # MONAI 1.6 calls its own deprecated argument
+        with warnings.catch_warnings():  # MONAI 1.6 passes its own deprecated argument
             warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=".*is all 0")  # the result says so: infinite, or absent
             distance = compute_hausdorff_distance(prediction, label, percentile=95, spacing=self.spacing)[0]
         found = prediction[0, 1:].flatten(1).any(dim=1) == label[0, 1:].flatten(1).any(dim=1)
         return torch.where(found, distance, torch.full_like(distance, math.inf))

@@ -16,7 +16,7 @@ from mmengine.dist import barrier, get_dist_info, init_dist, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OneCycleLR, OptimWrapper
-from mmengine.runner import Runner
+from mmengine.runner import Runner, set_random_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -125,6 +125,8 @@ def build_runner(config: Config, work_dir: Path, *, resume: bool = False, hooks:
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     checkpoint = str(latest_checkpoint(work_dir)) if resume else None
+    if "randomness" in config:
+        set_random_seed(config.randomness.seed)  # the model is initialised before the Runner seeds
     name = Path(config.filename).stem
     return SafeRunner(
         cfg=config,
