@@ -25,7 +25,8 @@ def test_configs_are_found_by_name_and_by_path():
 @pytest.mark.parametrize("name", config_names())
 def test_a_config_takes_a_step(name, tmp_path):
     config = load_config(name, ["train_cfg.max_iters=1", "train_dataloader.batch_size=2"])
-    del config.val_cfg, config.val_dataloader, config.val_evaluator
+    for key in ("val_cfg", "val_dataloader", "val_evaluator"):
+        config.pop(key)
     runner = build_runner(config, tmp_path)
     before = [parameter.detach().clone() for parameter in runner.model.net.parameters()]
     runner.train()

@@ -33,7 +33,8 @@ prepare = [
 model = dict(
     type=Segmentation,
     loss=dict(type=DiceCELoss, to_onehot_y=True, softmax=True, batch=True, lambda_ce=0.2),
-    inferer=dict(type=SliceInferer, roi_size=(48, 96), sw_batch_size=16, spatial_dim=2),
+    # Windows are halves, as in training: a window across the midline would show what was never seen.
+    inferer=dict(type=SliceInferer, roi_size=(48, 96), overlap=0.0, sw_batch_size=16, spatial_dim=2),
     augment=[
         dict(type=RandomAffine, shift=(4, 6), rotate=0.1, scale=0.1, mirror=0.5),
         dict(type=RandomIntensity, gain=0.2, offset=0.2),

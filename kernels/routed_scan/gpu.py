@@ -195,7 +195,7 @@ def backward(
 
 
 def _launch(x: Tensor, A: Tensor, routes: Routes, dtype: torch.dtype) -> tuple[tuple[int], dict[str, object]]:
-    blocks = block_sizes(x.shape[0], routes[0].length(x.shape[1:-1]), x.shape[-1], A.shape[-1])
+    blocks = block_sizes(routes[0].length(x.shape[1:-1]), x.shape[-1], A.shape[-1])
     programs = x.shape[0] * triton.cdiv(x.shape[-1], blocks["BLOCK_D"])
     return (programs,), {"ACC": TRITON_DTYPE[dtype], **blocks}
 

@@ -14,25 +14,14 @@ from ..checks import compute_dtype
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-_BUSY = 512  # programs that keep a GPU busy
-
-
-def block_sizes(sequences: int, length: int, channels: int, state: int) -> dict[str, int]:
-    """Tile sizes and warps for so many sequences of so many channels.
-
-    Small tiles on one warp are fastest where there is work for the whole GPU. With little work, the chunks of a
-    sequence, one after the other, are what takes the time: then a chunk is long and has more warps.
-    """
+def block_sizes(length: int, channels: int, state: int) -> dict[str, int]:
+    """Tile sizes and warps: small tiles, since every lane's registers hold a share of all N states."""
     block_n = triton.next_power_of_2(state)
-    block_d = min(max(4, 32 // max(1, block_n // 4)), triton.next_power_of_2(channels))
-    block_l, warps = 16, 1 if block_n == 1 else 4
-    if sequences * triton.cdiv(channels, block_d) < _BUSY:
-        block_d, block_l, warps = min(8, block_d), max(16, 64 // block_n), 4
     return {
-        "BLOCK_L": min(block_l, triton.next_power_of_2(length)),
-        "BLOCK_D": block_d,
+        "BLOCK_L": min(16, triton.next_power_of_2(length)),
+        "BLOCK_D": min(max(4, 32 // max(1, block_n // 4)), triton.next_power_of_2(channels)),
         "BLOCK_N": block_n,
-        "num_warps": warps,
+        "num_warps": 1 if block_n == 1 else 4,
     }
 
 
@@ -300,6 +289,6 @@ def backward(
 
 def _launch(u: Tensor, A: Tensor, B: Tensor) -> tuple[tuple[int, ...], tuple[int], dict[str, int]]:
     (batch, dim, length), groups, state = u.shape, B.shape[1], A.shape[1]
-    blocks = block_sizes(batch * groups, length, dim // groups, state)
+    blocks = block_sizes(length, dim // groups, state)
     programs = batch * groups * triton.cdiv(dim // groups, blocks["BLOCK_D"])
     return (dim, length, groups, state), (programs,), blocks

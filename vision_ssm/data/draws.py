@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 __all__ = ["DrawSampler", "Draws"]
 
 
-class Draws(Dataset):
+class Draws(Dataset[Any]):
     """Random variants of a dataset's items; every item is drawn once in each pass, in shuffled order.
 
     Args:
@@ -23,7 +23,7 @@ class Draws(Dataset):
         seed: of the order and of the transforms.
     """
 
-    def __init__(self, dataset: Any, transforms: Sequence[Callable] = (), seed: int = 0) -> None:
+    def __init__(self, dataset: Any, transforms: Sequence[Callable[..., Any]] = (), seed: int = 0) -> None:
         self.dataset = dataset
         self.transform = Compose(list(transforms))
         self.seed = seed

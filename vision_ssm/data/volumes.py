@@ -124,7 +124,7 @@ class NeighbourSlicesd(MapTransform):
         return data
 
 
-class AxialSlices(Dataset):
+class AxialSlices(Dataset[dict[str, torch.Tensor]]):
     """The axial slices of prepared volumes, in the volumes' order: (c, x, y, z) -> z items (c, x, y).
 
     Args:

@@ -21,7 +21,7 @@ from vision_ssm._version import __version__
 __all__ = ["latest_checkpoint", "load_into", "read_state", "save_weights", "write_atomically"]
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets ``write`` fill a file beside ``path``, flushes it to the disk and renames it: all of it or nothing."""
     partial = path.with_name(f".partial-{path.name}")
     try:

@@ -1,6 +1,7 @@
 """Metrics of a trained network on its config's test set."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -36,4 +37,5 @@ def evaluate(config: Config, task: BaseModel) -> dict[str, float]:
     evaluator = Evaluator(build(config.test_evaluator))
     for batch in loader:
         evaluator.process(task.test_step(batch), batch)
-    return evaluator.evaluate(len(loader.dataset))
+    dataset: Any = loader.dataset
+    return evaluator.evaluate(len(dataset))

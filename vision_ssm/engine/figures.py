@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -12,7 +13,7 @@ from vision_ssm.engine.checkpoint import write_atomically
 
 __all__ = ["curves", "overlays", "save_figure"]
 
-COLOURS = colormaps["tab10"].colors
+COLOURS = colormaps["tab10"](range(10))[:, :3]
 SLICES = 5
 
 
@@ -47,7 +48,7 @@ def informative_slices(labels: np.ndarray) -> list[int]:
     return sorted({int(positions[round(step)]) for step in inner})
 
 
-def draw(axes, image: np.ndarray, labels: np.ndarray, classes: int) -> None:
+def draw(axes: Axes, image: np.ndarray, labels: np.ndarray, classes: int) -> None:
     """One slice, first axis to the right and second axis up, with colour where there is a label."""
     colour = np.zeros((*labels.shape, 4))
     for label in range(1, classes + 1):

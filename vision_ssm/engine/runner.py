@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import barrier, get_dist_info, init_dist, is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import MMDistributedDataParallel
+from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import OneCycleLR, OptimWrapper
 from mmengine.runner import Runner, set_random_seed
 from torch import nn
@@ -43,6 +43,13 @@ class AutocastOptimWrapper(OptimWrapper):
 
 class SafeRunner(Runner):
     """A Runner whose checkpoints are written whole, read safely and loaded strictly."""
+
+    @property
+    def task(self) -> BaseModel:
+        """The task that is trained, without the wrapper that shares gradients among processes."""
+        task = getattr(self.model, "module", self.model)
+        assert isinstance(task, BaseModel)
+        return task
 
     def train(self) -> nn.Module:
         with deferred_interrupt() as self.interrupt:
@@ -74,7 +81,7 @@ class SafeRunner(Runner):
             FileNotFoundError, ValueError: the file is missing, damaged, or of another model; nothing is changed then.
         """
         checkpoint = read_checkpoint(Path(filename))
-        load_into(getattr(self.model, "module", self.model), checkpoint["state_dict"], Path(filename))
+        load_into(self.task, checkpoint["state_dict"], Path(filename))
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         self._has_loaded = True
         return checkpoint
@@ -167,7 +174,7 @@ def spanning(schedulers: Sequence[Mapping[str, Any]] | None, loop: Mapping[str, 
     ]
 
 
-def build_loader(options: Mapping[str, Any]) -> DataLoader:
+def build_loader(options: Mapping[str, Any]) -> DataLoader[Any]:
     """A data loader from its config: ``dataset`` and keywords of torch's loader. Draws come in their own order."""
     dataset = build(options["dataset"])
     rank, world_size = get_dist_info()

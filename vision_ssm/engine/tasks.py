@@ -39,6 +39,7 @@ class Segmentation(BaseModel):
         if mode == "tensor":
             return self.net(image)
         if mode == "loss":
+            assert label is not None, "a loss needs labels"
             for variant in self.augment:
                 image, label = variant(image, label)
             return {"loss": self.loss(self.net(image), label)}
@@ -69,6 +70,7 @@ class Classification(BaseModel):
         if mode == "tensor":
             return logits
         if mode == "loss":
+            assert label is not None, "a loss needs labels"
             return {"loss": F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)}
         prediction = logits.argmax(dim=1)
         targets = [None] * len(image) if label is None else label

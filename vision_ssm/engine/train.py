@@ -67,7 +67,7 @@ def train(
         progress.close()
     seconds = time.perf_counter() - start
 
-    task = getattr(runner.model, "module", runner.model).eval()
+    task = runner.task.eval()
     result = TrainingResult(
         config=config_name(config),
         parameters=count_parameters(task.net),

@@ -59,7 +59,8 @@ class SSMUNet(nn.Module):
         if out_indices is not None:
             backbone_arguments["out_indices"] = tuple(out_indices)
         self.encoder = create_encoder(backbone, in_chans=in_channels, **backbone_arguments)
-        reductions, channels = self.encoder.feature_info.reduction(), self.encoder.feature_info.channels()
+        info: Any = self.encoder.feature_info
+        reductions, channels = info.reduction(), info.channels()
         missing = missing_levels(backbone, reductions)
         self.multiple = reductions[-1]
         self.deep_supervision = deep_supervision
