@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).parents[1]
 PARITY = ROOT.parent / "shared" / "parity"
+FIXTURES = ROOT / "tests" / "fixtures"
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=25)
@@ -59,3 +60,19 @@ def parity() -> Path:
     if not PARITY.is_dir():
         pytest.skip(f"the golden files are not beside this checkout: {PARITY.parent.name}/{PARITY.name}")
     return PARITY
+
+
+@pytest.fixture(scope="session")
+def golden_file() -> Callable[[str], Path]:
+    """Finds a golden file by its name, such as "ops/ss2d/vmamba_gated_nhwc.npz".
+
+    All of them are beside the repository, where it is developed; a few small ones travel with the tests.
+    """
+
+    def find(name: str) -> Path:
+        for folder in (PARITY, FIXTURES):
+            if (folder / name).is_file():
+                return folder / name
+        return pytest.skip(f"{name} is neither beside this checkout nor among the files that travel with it")
+
+    return find

@@ -17,10 +17,10 @@ from vision_ssm.model_zoo.converters.vmamba import convert
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 
-def golden(parity, name):
-    folder = parity / "ops" / "ss2d"
-    arrays = {key: torch.from_numpy(m) for key, m in np.load(folder / f"{name}.npz").items()}
-    return json.loads((folder / f"{name}.json").read_text()), arrays
+def golden(golden_file, name):
+    """Facts and arrays of a golden layer."""
+    arrays = {key: torch.from_numpy(m) for key, m in np.load(golden_file(f"ops/ss2d/{name}.npz")).items()}
+    return json.loads(golden_file(f"ops/ss2d/{name}.json").read_text()), arrays
 
 
 def ours(arrays, prefix):
@@ -57,8 +57,8 @@ def ss2d(facts, arrays, prefix="w."):
         "efficientvmamba_single_row",
     ],
 )
-def test_golden_layer(name, parity):
-    facts, arrays = golden(parity, name)
+def test_golden_layer(name, golden_file):
+    facts, arrays = golden(golden_file, name)
     layer = ss2d(facts, arrays)
     x = arrays["x"].requires_grad_()
     y = layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if facts["layout"] == "NCHW" else layer(x)
@@ -70,9 +70,9 @@ def test_golden_layer(name, parity):
         assert_close(parameter.grad, wanted[key], **EXACT, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_golden_efficient_block(parity):
+def test_golden_efficient_block(golden_file):
     """The block around the layer is written out here: it shares one squeeze-excite between scan and convolution."""
-    facts, arrays = golden(parity, "efficientvmamba_block")
+    facts, arrays = golden(golden_file, "efficientvmamba_block")
     layer = ss2d(facts, arrays, "w.op.")
     w = {key[2:]: m.requires_grad_() for key, m in arrays.items() if key.startswith("w.") and "running" not in key}
     stats = [arrays[f"w.conv_branch.1.running_{name}"] for name in ("mean", "var")]

@@ -68,8 +68,8 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize("name", ["1x1", "1x6", "2x3", "3x5", "4x4", "5x7", "6x1", "8x6"])
-def test_golden_file(name, parity):
-    golden = np.load(parity / "ops" / "cross_scan" / f"grid_{name}.npz")
+def test_golden_file(name, golden_file):
+    golden = np.load(golden_file(f"ops/cross_scan/grid_{name}.npz"))
     x, y = torch.from_numpy(golden["x"]), torch.from_numpy(golden["y"])
     grid = tuple(x.shape[2:])
     assert torch.equal(cross_scan(x, CROSS), torch.from_numpy(golden["cross2d_scan_x"]))

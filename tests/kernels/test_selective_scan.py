@@ -200,10 +200,9 @@ GOLDEN = """
 
 
 @pytest.mark.parametrize("name", GOLDEN.split())
-def test_golden_file(name, parity):
-    folder = parity / "ops" / "selective_scan"
-    arrays = {key: torch.from_numpy(m) for key, m in np.load(folder / f"{name}.npz").items()}
-    softplus = json.loads((folder / f"{name}.json").read_text())["delta_softplus"]
+def test_golden_file(name, golden_file):
+    arrays = {key: torch.from_numpy(m) for key, m in np.load(golden_file(f"ops/selective_scan/{name}.npz")).items()}
+    softplus = json.loads(golden_file(f"ops/selective_scan/{name}.json").read_text())["delta_softplus"]
     names = [key for key in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias") if key in arrays]
     leaves = {key: arrays[key].requires_grad_() for key in names}
     y, last = selective_scan(**leaves, delta_softplus=softplus, return_last_state=True)
