@@ -57,9 +57,6 @@ def conv_downsample(dim: int, out: int) -> nn.Module:
 class PatchMerging2d(PatchMerging):
     """v0: Swin's patch merging on NCHW maps, odd sizes are padded with zeros."""
 
-    def __init__(self, dim: int, out: int) -> None:
-        super().__init__(dim, out)
-
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
