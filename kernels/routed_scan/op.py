@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backends import on_gpu
-from ..checks import check_shape, check_tensors, compute_dtype
+from ..checks import check_shape, check_tensors
 from ..routes import Routes, check_routes, decode, encode, index_table
 from . import cpu
 
@@ -109,8 +109,8 @@ def _backward(*inputs: Any) -> tuple[Tensor, ...]:
     index = index_table(decode(routes, len(grid)), tuple(grid), x.device)
     flat = [*(m.flatten(1, -2) for m in (dy, x, low_rank)), *weights, index]
     with torch.autocast("cpu", enabled=False):
-        dx, dlow_rank, *grads = cpu.backward(*flat)
-    return dx.view(x.shape), dlow_rank.view(low_rank.shape), *grads
+        grads = cpu.backward(*flat)
+    return tuple(grad.view(m.shape).to(m.dtype) for grad, m in zip(grads, (x, low_rank, *weights), strict=True))
 
 
 @_backward.register_kernel("cuda")
@@ -122,9 +122,8 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 
 @_backward.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
-    _, x, *weights, _ = inputs
-    dtype = compute_dtype(x, weights[3])
-    return tuple(m.new_empty(m.shape, dtype=dtype) for m in (x, *weights))
+    _, *tensors, _ = inputs
+    return tuple(torch.empty_like(m, memory_format=torch.contiguous_format) for m in tensors)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -134,8 +133,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors  # read once: checkpointing recomputes them at the first reading and forbids a second
-    grads = torch.ops.vision_ssm.routed_scan_backward(dy, *tensors, ctx.routes)
-    return *(grad.to(m.dtype) for m, grad in zip(tensors, grads, strict=True)), None
+    return *torch.ops.vision_ssm.routed_scan_backward(dy, *tensors, ctx.routes), None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
