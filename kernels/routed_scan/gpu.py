@@ -9,11 +9,13 @@ the recurrence needs neither an associative scan nor an exchange between threads
 3. ``apply`` (and ``gradient``): the runs once more, now with the state that comes in.
 
 A cell's address is arithmetic in the step (``Route.affine``), so image size is no constant and nothing recompiles for a
-new one. Routes that share cells run one launch after the other and add to a float32 map: no atomics, so that two runs
-agree bit for bit. Exponentials are to the base 2, the one that the hardware has: Δ is kept as Δ log2(e).
+new one. Routes that are each other's reverse share their runs, and one program walks them both ways; others that
+share cells follow one launch after the other. All add to a float32 map: no atomics, so that two runs agree bit for bit.
+Exponentials are to the base 2, the one that the hardware has: Δ is kept as Δ log2(e).
 """
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -27,7 +29,7 @@ from ..routes import Route, Routes
 from ..selective_scan.gpu import TRITON_DTYPE, compose
 
 _AXES = 3
-_FIELDS = 8
+_FIELDS = 10
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
 
@@ -95,289 +97,348 @@ def with_states(mask, o_n, STATE, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def runs_of(table, k, o_m, BATCH, CELLS, FIELDS: tl.constexpr):
-    """For runs ``o_m`` of route k, counted over the batch: first cell, steps, place among the sample's runs; the step.
+def runs_of(table, row, o_m, BATCH, CELLS, FIELDS: tl.constexpr):
+    """For runs ``o_m`` of a route, counted over the batch: first cell, number of steps, place among the sample's runs;
+    then of the route: runs in a sample, most steps in a run, cells that a step moves.
 
     The table's row of a route: sizes of the two faster axes, cells moved by a step along each axis, first cell, runs in
-    a sample, steps in a run.
+    a sample, steps in a run, whether it is reversed, index. A reversed route walks the same runs from their ends.
     """
-    row = table + k * FIELDS
-    size1, size2 = tl.load(row).to(tl.int32), tl.load(row + 1).to(tl.int32)
-    step0, step1, step2 = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-    runs, length = tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
+    table += row * FIELDS
+    size1, size2 = tl.load(table).to(tl.int32), tl.load(table + 1).to(tl.int32)
+    step0, step1, step2 = tl.load(table + 2), tl.load(table + 3), tl.load(table + 4)
+    runs, length = tl.load(table + 6).to(tl.int32), tl.load(table + 7).to(tl.int32)
     pieces = tl.cdiv(size2, length)
-    sample, place = o_m // runs, o_m % runs
-    line, left = place // pieces, place % pieces * length
-    cell = sample.to(tl.int64) * CELLS + tl.load(row + 5) + line // size1 * step0 + line % size1 * step1 + left * step2
+    sample = o_m // runs
+    place = o_m - sample * runs
+    line = place // pieces
+    left = (place - line * pieces) * length
+    slow = line // size1
+    cell = sample.to(tl.int64) * CELLS + tl.load(table + 5) + slow * step0 + (line - slow * size1) * step1 + left * step2
     steps = tl.where(sample < BATCH, tl.minimum(size2 - left, length), 0)
     return cell, steps, place, runs, length, step2
+
+
+@triton.jit
+def direction_of(table, row, FIELDS: tl.constexpr):
+    """Index of a route and the direction, 1 or -1, in which it walks its runs."""
+    table += row * FIELDS
+    return tl.load(table + 9).to(tl.int32), 1 - 2 * tl.load(table + 8).to(tl.int32)
 
 
 @triton.jit
 def weights_of(weight, bias, A, k, o_d, o_n, CHANNELS, STATE, RANK, DTYPE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Projection [R, D] and bias [D] of Δ log2(e), and A [D] or [D, N]."""
+    """Projection [R, D] and bias [D] of Δ log2(e), and A [1, D] or [1, D, N]."""
     o_r = tl.arange(0, BLOCK_R)
     o_kd, m_d = k * CHANNELS + o_d, o_d < CHANNELS
     w = tl.load(weight + o_kd[None, :] * RANK + o_r[:, None], (o_r < RANK)[:, None] & m_d[None, :], 0.0)
     shift = tl.load(bias + o_kd, m_d, 0.0).to(ACC)
     decay = tl.load(A + tail(o_kd * STATE, BLOCK_N) + o_n, with_states(m_d, o_n, STATE, BLOCK_N), 0.0).to(ACC)
-    return (w.to(ACC) * _LOG2E).to(DTYPE), shift * _LOG2E, decay
+    return (w.to(ACC) * _LOG2E).to(DTYPE), shift * _LOG2E, tl.expand_dims(decay, 0)
 
 
 @triton.jit
-def step_size(low_rank, rows, m_t, w, shift, RANK, BLOCK_R: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr):
-    """Δ log2(e) [M, D], before softplus and after it, from the low-rank columns [M, R] at ``rows``; and those.
+def read(x, low_rank, cell, m_t, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of one step: x [M, D], the columns [M, R] from those of Δ on (more than there are: their weights are 0), B, C.
 
-    Where the mask ends, it is 0: such a step keeps the state.
+    Called one step ahead, so that the loads are under way while the step before is computed.
     """
     o_r = tl.arange(0, BLOCK_R)
-    low = tl.load(low_rank + rows[:, None] + o_r[None, :], m_t[:, None] & (o_r < RANK)[None, :], 0.0)
+    columns, column = COLUMNS // ALIGN * ALIGN, column // ALIGN * ALIGN  # as they are; the compiler sees the factor
+    rows = cell * columns + column
+    m_r = o_r < columns - column
+    o_b, m_b = tail(rows + RANK, BLOCK_N) + o_n, with_states(m_t, o_n, STATE, BLOCK_N)
+    u = tl.load(x + cell[:, None] * CHANNELS + o_d[None, :], m_t[:, None] & (o_d < CHANNELS)[None, :], 0.0)
+    low = tl.load(low_rank + rows[:, None] + o_r[None, :], m_t[:, None] & m_r[None, :], 0.0)
+    return u, low, tl.load(low_rank + o_b, m_b, 0.0), tl.load(low_rank + o_b + STATE, m_b, 0.0)
+
+
+@triton.jit
+def step_size(low, m_t, w, shift, COARSE: tl.constexpr, ACC: tl.constexpr):
+    """Δ log2(e) [M, D] before softplus and after it; 0 where the mask ends: such a step keeps the state."""
     raw = product(low, w, ACC) + shift[None, :]
-    return raw, tl.where(m_t[:, None], softplus2(raw, COARSE), 0.0), low
+    return raw, tl.where(m_t[:, None], softplus2(raw, COARSE), 0.0)
 
 
 @triton.jit(do_not_specialize=["BATCH", "CELLS", "RUNS"])
 def summary_kernel(
-    x, dy, low_rank, weight, bias, A, table, total, state, adjoint,
+    x, dy, low_rank, weight, bias, A, table, total, state, adjoint, dD,
     BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS,
     FIELDS: tl.constexpr, ALIGN: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Of each run: ΣΔ, the state it leaves behind with none before it and, if ``dy`` is given, the gradient that it
-    sends back with none after it (all steps weighted by the decay up to them, so that one walk serves both)."""
+    sends back with none after it (all steps weighted by the decay up to them, so that one walk serves both) and dD."""
     blocks = tl.cdiv(CHANNELS, BLOCK_D)
-    k = tl.program_id(1)
+    row, part = tl.program_id(1), tl.program_id(0) // blocks
     o_d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    o_m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_m = part * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(2) * BLOCK_N
     o_n = states_from(first, BLOCK_N)
     m_d = o_d < CHANNELS
-    cell, steps, _, _, length, step = runs_of(table, k, o_m, BATCH, CELLS, FIELDS)
+    cell, steps, _place, _runs, length, step = runs_of(table, row, o_m, BATCH, CELLS, FIELDS)
+    k, ahead = direction_of(table, row, FIELDS)
+    cell += tl.where(ahead < 0, steps - 1, 0) * step
+    step *= ahead
     w, shift, decay = weights_of(
         weight, bias, A, k, o_d, o_n, CHANNELS, STATE, RANK, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N
     )
-    decay = tl.expand_dims(decay, 0)
-
-    column = tl.multiple_of(k * (RANK + 2 * STATE), ALIGN)
+    column = k * (RANK + 2 * STATE)
     s = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    sum_D = s
     h = tail(s, BLOCK_N) * decay
     p, g = h + 1, h
+    m_next = steps > 0
+    u_next, low_next, b_next, c_next = read(
+        x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
+    )
     for t in range(length):
-        m_t = t < steps
-        mask = m_t[:, None] & m_d[None, :]
-        here = cell + t * step
-        offset = here[:, None] * CHANNELS + o_d[None, :]
-        rows = here * COLUMNS + column
-        u = tl.load(x + offset, mask, 0.0).to(ACC)
-        o_b = tail(rows + RANK, BLOCK_N) + o_n
-        m_b = with_states(m_t, o_n, STATE, BLOCK_N)
-        b = tl.load(low_rank + o_b, m_b, 0.0).to(ACC) * _LN2
-        _raw, dt, _low = step_size(low_rank, rows, m_t, w, shift, RANK, BLOCK_R, COARSE, ACC)
+        m_t, u, low = m_next, u_next.to(ACC), low_next
+        b, c = tl.expand_dims(b_next.to(ACC) * _LN2, 1), tl.expand_dims(c_next.to(ACC), 1)
+        if dy is not None:
+            mask = m_t[:, None] & m_d[None, :]
+            dout = tl.load(dy + cell[:, None] * CHANNELS + o_d[None, :], mask, 0.0).to(ACC)
+        cell += step
+        m_next = t + 1 < steps
+        u_next, low_next, b_next, c_next = read(
+            x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
+        )
+        _raw, dt = step_size(low, m_t, w, shift, COARSE, ACC)
         a = tl.exp2(tail(dt, BLOCK_N) * decay)
-        h = a * h + tail(dt * u, BLOCK_N) * tl.expand_dims(b, 1)
+        h = a * h + tail(dt * u, BLOCK_N) * b
         s += dt
         if dy is not None:
-            c = tl.load(low_rank + o_b + STATE, m_b, 0.0).to(ACC)
             p *= a
-            g += p * (tail(tl.load(dy + offset, mask, 0.0).to(ACC), BLOCK_N) * tl.expand_dims(c, 1))
+            g += p * (tail(dout, BLOCK_N) * c)
+            sum_D += dout * u
 
-    row = k * RUNS.to(tl.int64) + o_m
+    run = row * RUNS.to(tl.int64) + o_m
     m_md = (steps > 0)[:, None] & m_d[None, :]
-    o_s = tail(row[:, None] * STATE * CHANNELS + o_d[None, :], BLOCK_N) + o_n * CHANNELS
+    o_s = tail(run[:, None] * STATE * CHANNELS + o_d[None, :], BLOCK_N) + o_n * CHANNELS
     m_s = with_states(m_md, o_n, STATE, BLOCK_N)
     tl.store(state + o_s, h, m_s)
     if dy is not None:
         tl.store(adjoint + o_s, g, m_s)
     if first == 0:
-        tl.store(total + row[:, None] * CHANNELS + o_d[None, :], s, m_md)
+        tl.store(total + run[:, None] * CHANNELS + o_d[None, :], s, m_md)
+        if dy is not None:
+            o_p = (part * tl.num_programs(1) + k).to(tl.int64) * CHANNELS + o_d
+            tl.store(dD + o_p, tl.sum(sum_D, axis=0), m_d)
 
 
 @triton.jit(do_not_specialize=["RUNS"])
 def carry_kernel(
-    total, state, A, table, RUNS, CHANNELS, STATE,
-    FIELDS: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    total, state, adjoint, A, table, RUNS, CHANNELS, STATE,
+    FIELDS: tl.constexpr, ACC: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The states after each run, in place of those that it leaves alone; from the last run to the first if REVERSE."""
+    """The states after each run, in place of those that it leaves alone; the gradients likewise, from the last run on."""
     blocks = tl.cdiv(CHANNELS, BLOCK_D)
-    n, k = tl.program_id(0) // blocks % STATE, tl.program_id(1)
+    n, row = tl.program_id(0) // blocks % STATE, tl.program_id(1)
     o_d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < CHANNELS
-    runs = tl.load(table + k * FIELDS + 6).to(tl.int32)
-    start = k * RUNS.to(tl.int64) + tl.program_id(0).to(tl.int64) // blocks // STATE * runs
+    table += row * FIELDS
+    runs, back, k = tl.load(table + 6).to(tl.int32), tl.load(table + 8).to(tl.int32), tl.load(table + 9).to(tl.int32)
+    if tl.program_id(2) == 1:
+        state = adjoint
+        back = 1 - back
+    start = row * RUNS.to(tl.int64) + tl.program_id(0).to(tl.int64) // blocks // STATE * runs
     decay = tl.load(A + (k * CHANNELS + o_d) * STATE + n, m_d, 0.0).to(ACC)
     h = tl.zeros([BLOCK_D], ACC)
     for chunk in range(tl.cdiv(runs, BLOCK_L)):
         o_l = chunk * BLOCK_L + tl.arange(0, BLOCK_L)
         mask = (o_l < runs)[:, None] & m_d[None, :]
-        row = start + (runs - 1 - o_l if REVERSE else o_l)
-        a = tl.exp2(tl.load(total + row[:, None] * CHANNELS + o_d[None, :], mask, 0.0) * decay[None, :])
-        o_s = (row * STATE + n)[:, None] * CHANNELS + o_d[None, :]
+        run = start + tl.where(back == 1, runs - 1 - o_l, o_l)
+        a = tl.exp2(tl.load(total + run[:, None] * CHANNELS + o_d[None, :], mask, 0.0) * decay[None, :])
+        o_s = (run * STATE + n)[:, None] * CHANNELS + o_d[None, :]
         a, b = tl.associative_scan((a, tl.load(state + o_s, mask, 0.0)), 0, compose)
         after = a * h[None, :] + b
         tl.store(state + o_s, after, mask)
         h = tl.sum(tl.where((tl.arange(0, BLOCK_L) == BLOCK_L - 1)[:, None], after, 0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["BATCH", "CELLS", "RUNS", "ROUTE", "FIRST", "ADD", "LAST"])
+@triton.jit(do_not_specialize=["BATCH", "CELLS", "RUNS", "ROW", "ROUTES", "ADD", "LAST"])
 def apply_kernel(
     x, low_rank, weight, bias, A, D, table, state, partial, y,
-    BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS, ROUTE, FIRST, ADD, LAST,
+    BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS, ROW, ROUTES, ADD, LAST,
     FIELDS: tl.constexpr, ALIGN: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t;  y_t = C_t h_t + D u_t   (arXiv:2401.10166, section 4.2)
 
-    For the routes from ROUTE on and the states from FIRST on. Adds what ``partial`` holds if ADD; stores to y if this
-    is the LAST launch, else to ``partial``.
+    For ROUTES routes over the same runs, one after the other. Adds what ``partial`` holds if ADD; stores the end to y
+    if this is the LAST launch, else to ``partial``.
     """
     blocks = tl.cdiv(CHANNELS, BLOCK_D)
-    k = ROUTE + tl.program_id(1)
     o_d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     o_m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = states_from(FIRST, BLOCK_N)
-    m_d, m_add = o_d < CHANNELS, o_d < CHANNELS * ADD
-    cell, steps, place, _, length, step = runs_of(table, k, o_m, BATCH, CELLS, FIELDS)
-    w, shift, decay = weights_of(
-        weight, bias, A, k, o_d, o_n, CHANNELS, STATE, RANK, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N
-    )
-    decay = tl.expand_dims(decay, 0)
-    skip = tl.load(D + k * CHANNELS + o_d, o_d < tl.where(FIRST == 0, CHANNELS, 0), 0.0).to(ACC)
-    before = k * RUNS.to(tl.int64) + o_m - 1
-    o_s = tail(before[:, None] * STATE * CHANNELS + o_d[None, :], BLOCK_N) + o_n * CHANNELS
-    m_s = with_states(((steps > 0) & (place > 0))[:, None] & m_d[None, :], o_n, STATE, BLOCK_N)
-    h = tl.load(state + o_s, m_s, 0.0)
+    m_d = o_d < CHANNELS
+    parts = tl.cdiv(STATE, BLOCK_N)
+    start, steps, place, runs, length, stride = runs_of(table, ROW + tl.program_id(1) * ROUTES, o_m, BATCH, CELLS, FIELDS)
+    for i in range(ROUTES * parts):
+        row = ROW + tl.program_id(1) * ROUTES + i // parts
+        o_n = states_from(i % parts * BLOCK_N, BLOCK_N)
+        k, ahead = direction_of(table, row, FIELDS)
+        cell, step = start + tl.where(ahead < 0, steps - 1, 0) * stride, stride * ahead
+        w, shift, decay = weights_of(
+            weight, bias, A, k, o_d, o_n, CHANNELS, STATE, RANK, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N
+        )
+        skip = tl.load(D + k * CHANNELS + o_d, o_d < tl.where(i % parts == 0, CHANNELS, 0), 0.0).to(ACC)
+        before = place - ahead
+        run = row * RUNS.to(tl.int64) + o_m - ahead
+        o_s = tail(run[:, None] * STATE * CHANNELS + o_d[None, :], BLOCK_N) + o_n * CHANNELS
+        m_s = ((steps > 0) & (before >= 0) & (before < runs))[:, None] & m_d[None, :]
+        h = tl.load(state + o_s, with_states(m_s, o_n, STATE, BLOCK_N), 0.0)
+        m_add = o_d < tl.where(ADD + i > 0, CHANNELS, 0)
+        last = (LAST > 0) & (i == ROUTES * parts - 1)
 
-    column = tl.multiple_of(k * (RANK + 2 * STATE), ALIGN)
-    for t in range(length):
-        m_t = t < steps
-        mask = m_t[:, None] & m_d[None, :]
-        here = cell + t * step
-        offset = here[:, None] * CHANNELS + o_d[None, :]
-        rows = here * COLUMNS + column
-        u = tl.load(x + offset, mask, 0.0).to(ACC)
-        o_b = tail(rows + RANK, BLOCK_N) + o_n
-        m_b = with_states(m_t, o_n, STATE, BLOCK_N)
-        b = tl.load(low_rank + o_b, m_b, 0.0).to(ACC) * _LN2
-        c = tl.load(low_rank + o_b + STATE, m_b, 0.0).to(ACC)
-        out = tl.load(partial + offset, m_t[:, None] & m_add[None, :], 0.0).to(ACC) + u * skip[None, :]
-        _raw, dt, _low = step_size(low_rank, rows, m_t, w, shift, RANK, BLOCK_R, COARSE, ACC)
-        h = tl.exp2(tail(dt, BLOCK_N) * decay) * h + tail(dt * u, BLOCK_N) * tl.expand_dims(b, 1)
-        out += over_states(h * tl.expand_dims(c, 1), BLOCK_N)
-        if LAST:
-            tl.store(y + offset, out, mask)
-        else:
-            tl.store(partial + offset, out, mask)
+        column = k * (RANK + 2 * STATE)
+        m_next = steps > 0
+        u_next, low_next, b_next, c_next = read(
+            x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
+        )
+        for t in range(length):
+            m_t, u, low = m_next, u_next.to(ACC), low_next
+            b, c = tl.expand_dims(b_next.to(ACC) * _LN2, 1), tl.expand_dims(c_next.to(ACC), 1)
+            offset = cell[:, None] * CHANNELS + o_d[None, :]
+            old = tl.load(partial + offset, m_t[:, None] & m_add[None, :], 0.0).to(ACC)
+            cell += step
+            m_next = t + 1 < steps
+            u_next, low_next, b_next, c_next = read(
+                x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
+            )
+            _raw, dt = step_size(low, m_t, w, shift, COARSE, ACC)
+            h = tl.exp2(tail(dt, BLOCK_N) * decay) * h + tail(dt * u, BLOCK_N) * b
+            out = over_states(h * c, BLOCK_N) + u * skip[None, :] + old
+            mask = m_t[:, None] & m_d[None, :]
+            if last:
+                tl.store(y + offset, out, mask)
+            else:
+                tl.store(partial + offset, out, mask)
+        tl.debug_barrier()  # what one thread stored, another may load for the next route
 
 
-@triton.jit(do_not_specialize=["BATCH", "CELLS", "RUNS", "LONGEST", "ROUTE", "FIRST", "ADD", "LAST"])
+@triton.jit(do_not_specialize=["BATCH", "CELLS", "RUNS", "LONGEST", "ROW", "ROUTES", "ADD", "LAST"])
 def gradient_kernel(
-    dy, x, low_rank, weight, bias, A, D, table, state, adjoint, history, partial,
-    dx, dlow_rank, dweight, dbias, dA, dD,
-    BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS, LONGEST, ROUTE, FIRST, ADD, LAST,
+    dy, x, low_rank, weight, bias, A, D, table, state, adjoint, history, partial, dx, dlow_rank, dweights,
+    BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS, K, LONGEST, ROW, ROUTES, ADD, LAST,
     FIELDS: tl.constexpr, ALIGN: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of ``apply_kernel``'s part: a walk forward that keeps the states, and one back.
+    """The gradients of ``apply_kernel``: a walk forward that keeps the states, and one back.
 
-    ``dx`` is as y there. ``dlow_rank`` is per block of channels, the parameters' gradients per tile of runs: the
-    launcher adds them up in a fixed order.
+    ``dx`` is as y there. ``dlow_rank`` is per block of channels; ``dweights``, (tiles, k, r + 1 + n, c), holds those by
+    dt_weight, dt_bias and A per tile of runs: the launcher adds them up in a fixed order.
     """
     blocks = tl.cdiv(CHANNELS, BLOCK_D)
-    k = ROUTE + tl.program_id(1)
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     o_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     o_m = part * BLOCK_M + tl.arange(0, BLOCK_M)
     o_r = tl.arange(0, BLOCK_R)
-    o_n = states_from(FIRST, BLOCK_N)
-    m_d, m_r, m_add = o_d < CHANNELS, o_r < RANK, o_d < CHANNELS * ADD
-    cell, steps, place, runs, length, step = runs_of(table, k, o_m, BATCH, CELLS, FIELDS)
-    w, shift, decay = weights_of(
-        weight, bias, A, k, o_d, o_n, CHANNELS, STATE, RANK, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N
-    )
-    decay = tl.expand_dims(decay, 0)
-    skip = tl.load(D + k * CHANNELS + o_d, o_d < tl.where(FIRST == 0, CHANNELS, 0), 0.0).to(ACC)
-    o_w = (k * CHANNELS + o_d)[:, None] * RANK + o_r[None, :]
-    back = tl.load(weight + o_w, m_d[:, None] & m_r[None, :], 0.0).to(low_rank.dtype.element_ty)
-    row = k * RUNS.to(tl.int64) + o_m
-    o_s = tail(row[:, None] * STATE * CHANNELS + o_d[None, :], BLOCK_N) + o_n * CHANNELS
-    m_s = with_states((steps > 0)[:, None] & m_d[None, :], o_n, STATE, BLOCK_N)
-    h = tl.load(state + o_s - STATE * CHANNELS, m_s & tail((place > 0)[:, None], BLOCK_N), 0.0)
-    g = tl.load(adjoint + o_s + STATE * CHANNELS, m_s & tail((place < runs - 1)[:, None], BLOCK_N), 0.0)
-
-    column = tl.multiple_of(k * (RANK + 2 * STATE), ALIGN)
-    o_h = tl.arange(0, BLOCK_M)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    o_h = tail(o_h, BLOCK_N) * BLOCK_N + (0 if BLOCK_N == 1 else tl.arange(0, BLOCK_N))
-    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    history += program * LONGEST * (BLOCK_M * BLOCK_D * BLOCK_N)
-    for t in range(length):
-        m_t = t < steps
-        here = cell + t * step
-        rows = here * COLUMNS + column
-        u = tl.load(x + here[:, None] * CHANNELS + o_d[None, :], m_t[:, None] & m_d[None, :], 0.0).to(ACC)
-        b = tl.load(low_rank + tail(rows + RANK, BLOCK_N) + o_n, with_states(m_t, o_n, STATE, BLOCK_N), 0.0).to(ACC) * _LN2
-        tl.store(history + t * (BLOCK_M * BLOCK_D * BLOCK_N) + o_h, h)
-        _raw, dt, _low = step_size(low_rank, rows, m_t, w, shift, RANK, BLOCK_R, COARSE, ACC)
-        h = tl.exp2(tail(dt, BLOCK_N) * decay) * h + tail(dt * u, BLOCK_N) * tl.expand_dims(b, 1)
-    tl.debug_barrier()  # another thread may read what this one kept
-
-    sum_w = tl.zeros([BLOCK_R, BLOCK_D], ACC)
-    sum_raw, sum_D = tl.zeros([BLOCK_M, BLOCK_D], ACC), tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    sum_A = h * 0
+    m_d, m_r = o_d < CHANNELS, o_r < RANK
+    tile = BLOCK_M * BLOCK_D * BLOCK_N
+    o_h = tail(tl.arange(0, BLOCK_M)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :], BLOCK_N) * BLOCK_N
+    o_h += states_from(0, BLOCK_N)
+    history += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * LONGEST * tile
     dlow_rank += block.to(tl.int64) * BATCH * CELLS * COLUMNS
-    for i in range(length):
-        t = length - 1 - i
-        m_t = t < steps
-        mask = m_t[:, None] & m_d[None, :]
-        here = cell + t * step
-        offset = here[:, None] * CHANNELS + o_d[None, :]
-        rows = here * COLUMNS + column
-        u, dout = tl.load(x + offset, mask, 0.0).to(ACC), tl.load(dy + offset, mask, 0.0).to(ACC)
-        o_b = tail(rows + RANK, BLOCK_N) + o_n
-        m_b = with_states(m_t, o_n, STATE, BLOCK_N)
-        b = tl.load(low_rank + o_b, m_b, 0.0).to(ACC) * _LN2
-        c = tl.load(low_rank + o_b + STATE, m_b, 0.0).to(ACC)
-        h = tl.load(history + t * (BLOCK_M * BLOCK_D * BLOCK_N) + o_h).to(ACC)
-        out = tl.load(partial + offset, m_t[:, None] & m_add[None, :], 0.0).to(ACC) + dout * skip[None, :]
-        raw, dt, low = step_size(low_rank, rows, m_t, w, shift, RANK, BLOCK_R, COARSE, ACC)
+    parts = tl.cdiv(STATE, BLOCK_N)
+    start, steps, place, runs, length, stride = runs_of(table, ROW + tl.program_id(1) * ROUTES, o_m, BATCH, CELLS, FIELDS)
+    start, steps, place, runs, length, stride = runs_of(table, ROW + tl.program_id(1) * ROUTES, o_m, BATCH, CELLS, FIELDS)
+    for i in range(ROUTES * parts):
+        row = ROW + tl.program_id(1) * ROUTES + i // parts
+        o_n = states_from(i % parts * BLOCK_N, BLOCK_N)
+        k, ahead = direction_of(table, row, FIELDS)
+        cell, step = start + tl.where(ahead < 0, steps - 1, 0) * stride, stride * ahead
+        w, shift, decay = weights_of(
+            weight, bias, A, k, o_d, o_n, CHANNELS, STATE, RANK, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N
+        )
+        skip = tl.load(D + k * CHANNELS + o_d, o_d < tl.where(i % parts == 0, CHANNELS, 0), 0.0).to(ACC)
+        o_w = (k * CHANNELS + o_d)[:, None] * RANK + o_r[None, :]
+        w_back = tl.load(weight + o_w, m_d[:, None] & m_r[None, :], 0.0).to(low_rank.dtype.element_ty)
+        before, after = place - ahead, place + ahead
+        run = row * RUNS.to(tl.int64) + o_m
+        o_s = tail(run[:, None] * STATE * CHANNELS + o_d[None, :], BLOCK_N) + o_n * CHANNELS
+        m_s = (steps > 0)[:, None] & m_d[None, :]
+        m_h = with_states(m_s & ((before >= 0) & (before < runs))[:, None], o_n, STATE, BLOCK_N)
+        m_g = with_states(m_s & ((after >= 0) & (after < runs))[:, None], o_n, STATE, BLOCK_N)
+        h = tl.load(state + o_s - ahead * STATE * CHANNELS, m_h, 0.0)
+        g = tl.load(adjoint + o_s + ahead * STATE * CHANNELS, m_g, 0.0)
 
-        b, c = tl.expand_dims(b, 1), tl.expand_dims(c, 1)
-        a = tl.exp2(tail(dt, BLOCK_N) * decay)
-        kept = a * h
-        g += tail(dout, BLOCK_N) * c
-        log_a = g * kept  # the gradient by Δ A
-        sum_A += log_a * tail(dt, BLOCK_N)
-        dB = tl.sum(g * tail(dt * u, BLOCK_N), axis=1)
-        dC = tl.sum(tail(dout, BLOCK_N) * (kept + tail(dt * u, BLOCK_N) * b), axis=1)
-        db = over_states(g * b, BLOCK_N)
-        # b holds ln 2; the sigmoid, which is softplus's slope, is 2^(raw - dt)
-        draw = (over_states(log_a * decay, BLOCK_N) + db * u * _LOG2E) * tl.exp2(raw - dt)
-        draw = tl.where(m_t[:, None], draw, 0.0)
-        g *= a
-        out += db * dt
-        if LAST:
-            tl.store(dx + offset, out, mask)
-        else:
-            tl.store(partial + offset, out, mask)
-        tl.store(dlow_rank + o_b, dB * _LN2, m_b)
-        tl.store(dlow_rank + o_b + STATE, dC, m_b)
-        draw_low = draw.to(low_rank.dtype.element_ty)
-        o_low = rows[:, None] + o_r[None, :]
-        m_low = m_t[:, None] & m_r[None, :]
-        dlow = product(draw_low, back, ACC)
-        if FIRST > 0:
-            dlow += tl.load(dlow_rank + o_low, m_low, 0.0)
-        tl.store(dlow_rank + o_low, dlow, m_low)
-        sum_w += product(tl.trans(low), draw_low, ACC)
-        sum_raw += draw
-        sum_D += dout * u
+        column = k * (RANK + 2 * STATE)
+        m_next = steps > 0
+        u_next, low_next, b_next, c_next = read(
+            x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
+        )
+        for t in range(length):
+            m_t, u, low, b = m_next, u_next.to(ACC), low_next, tl.expand_dims(b_next.to(ACC) * _LN2, 1)
+            cell += step
+            m_next = t + 1 < steps
+            u_next, low_next, b_next, c_next = read(
+                x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
+            )
+            tl.store(history + t * tile + o_h, h)
+            _raw, dt = step_size(low, m_t, w, shift, COARSE, ACC)
+            h = tl.exp2(tail(dt, BLOCK_N) * decay) * h + tail(dt * u, BLOCK_N) * b
+        tl.debug_barrier()  # what one thread stored, another may load
 
-    o_p = (part * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * CHANNELS + o_d
-    tl.store(dweight + o_p[None, :] * RANK + o_r[:, None], sum_w, m_r[:, None] & m_d[None, :])
-    tl.store(dbias + o_p, tl.sum(sum_raw, axis=0), m_d)
-    tl.store(dD + o_p, tl.sum(sum_D, axis=0), m_d)
-    tl.store(dA + tail(o_p * BLOCK_N, BLOCK_N) + (o_n - FIRST), tl.sum(sum_A, axis=0) * _LN2, with_states(m_d, o_n, STATE, BLOCK_N))
+        sum_w = tl.zeros([BLOCK_R, BLOCK_D], ACC)
+        sum_A = h * 0
+        m_add = o_d < tl.where(ADD + i > 0, CHANNELS, 0)
+        m_more = o_r < tl.where(i % parts > 0, RANK, 0)
+        last = (LAST > 0) & (i == ROUTES * parts - 1)
+        for i_back in range(length):
+            t = length - 1 - i_back
+            cell -= step
+            m_t = t < steps
+            mask = m_t[:, None] & m_d[None, :]
+            offset = cell[:, None] * CHANNELS + o_d[None, :]
+            u, low, b, c = read(
+                x, low_rank, cell, m_t, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
+            )
+            dout = tl.load(dy + offset, mask, 0.0).to(ACC)
+            h = tl.load(history + t * tile + o_h).to(ACC)
+            out = tl.load(partial + offset, m_t[:, None] & m_add[None, :], 0.0).to(ACC) + dout * skip[None, :]
+            u, b, c = u.to(ACC), tl.expand_dims(b.to(ACC) * _LN2, 1), tl.expand_dims(c.to(ACC), 1)
+            raw, dt = step_size(low, m_t, w, shift, COARSE, ACC)
+
+            a = tl.exp2(tail(dt, BLOCK_N) * decay)
+            kept = a * h
+            g += tail(dout, BLOCK_N) * c
+            log_a = g * kept  # the gradient by Δ A
+            sum_A += log_a * tail(dt, BLOCK_N)
+            du_b = tail(dt * u, BLOCK_N)
+            dB = tl.sum(g * du_b, axis=1) * _LN2
+            dC = tl.sum(tail(dout, BLOCK_N) * (kept + du_b * b), axis=1)
+            db = over_states(g * b, BLOCK_N)
+            # b holds ln 2; the sigmoid, which is softplus's slope, is 2^(raw - dt)
+            draw = (over_states(log_a * decay, BLOCK_N) + db * u * _LOG2E) * tl.exp2(raw - dt)
+            draw = tl.where(m_t[:, None], draw, 0.0).to(low_rank.dtype.element_ty)
+            g *= a
+            out += db * dt
+            if last:
+                tl.store(dx + offset, out, mask)
+            else:
+                tl.store(partial + offset, out, mask)
+            rows = cell * COLUMNS + column
+            o_b, m_b = tail(rows + RANK, BLOCK_N) + o_n, with_states(m_t, o_n, STATE, BLOCK_N)
+            tl.store(dlow_rank + o_b, dB, m_b)
+            tl.store(dlow_rank + o_b + STATE, dC, m_b)
+            o_low = rows[:, None] + o_r[None, :]
+            dlow = product(draw, w_back, ACC) + tl.load(dlow_rank + o_low, m_t[:, None] & m_more[None, :], 0.0)
+            tl.store(dlow_rank + o_low, dlow, m_t[:, None] & m_r[None, :])
+            low = tl.where(o_r[None, :] == RANK, 1.0, low)  # a column of ones gives the bias's gradient
+            sum_w += product(tl.trans(low).to(draw.dtype), draw, ACC)
+
+        o_p = (part.to(tl.int64) * K + k) * (RANK + 1 + STATE) * CHANNELS
+        o_w = o_p + o_r[:, None] * CHANNELS + o_d[None, :]
+        sum_w += tl.load(dweights + o_w, (o_r < tl.where(i % parts > 0, RANK + 1, 0))[:, None] & m_d[None, :], 0.0)
+        tl.store(dweights + o_w, sum_w, (o_r < RANK + 1)[:, None] & m_d[None, :])
+        o_A = tail(o_p + (RANK + 1) * CHANNELS + o_d, BLOCK_N) + o_n * CHANNELS
+        tl.store(dweights + o_A, tl.sum(sum_A, axis=0) * _LN2, with_states(m_d, o_n, STATE, BLOCK_N))
+        tl.debug_barrier()
 
 
 class _Plan(NamedTuple):
@@ -388,40 +449,63 @@ class _Plan(NamedTuple):
     steps: int
 
 
+class _Launch(NamedTuple):
+    """Rows of the table that go together: ``groups`` times ``routes`` from ``first`` on, and whether they fill a map."""
+
+    first: int
+    groups: int
+    routes: int
+    full: bool
+
+
+def _path(route: Route) -> tuple[object, ...]:
+    """What a route and its reverse have in common."""
+    return route.axes, route.stride, route.offset
+
+
+@lru_cache(maxsize=256)
+def _order(routes: Routes) -> list[int]:
+    """The routes' indices, those of one path side by side."""
+    paths = [_path(route) for route in routes]
+    return sorted(range(len(routes)), key=lambda k: (paths.index(paths[k]), k))
+
+
 @lru_cache(maxsize=256)
 def _plan(routes: Routes, grid: tuple[int, ...], pieces: int, device: torch.device) -> _Plan:
     rows = []
-    for route in routes:
-        sizes, steps, first = route.affine(grid)
+    for k in _order(routes):
+        sizes, steps, first = replace(routes[k], reverse=False).affine(grid)
         sizes, steps = (1,) * (_AXES - len(sizes)) + sizes, (0,) * (_AXES - len(steps)) + steps
         length = triton.cdiv(sizes[2], pieces)
-        rows.append((*sizes[1:], *steps, first, sizes[0] * sizes[1] * triton.cdiv(sizes[2], length), length))
-    return _Plan(
-        torch.tensor(rows, dtype=torch.int64, device=device), max(row[6] for row in rows), max(row[7] for row in rows)
-    )
-
-
-def _disjoint(one: Route, other: Route) -> bool:
-    return one.stride == other.stride and one.offset != other.offset
+        runs = sizes[0] * sizes[1] * triton.cdiv(sizes[2], length)
+        rows.append((*sizes[1:], *steps, first, runs, length, int(routes[k].reverse), k))
+    table = torch.tensor(rows, dtype=torch.int64, device=device)
+    return _Plan(table, max(row[6] for row in rows), max(row[7] for row in rows))
 
 
 @lru_cache(maxsize=256)
-def _waves(routes: Routes) -> list[tuple[int, int]]:
-    """(first route, how many) of every launch: neighbours that share no cell go together."""
-    waves = [[0, 1]]
-    for k in range(1, len(routes)):
-        first, count = waves[-1]
-        if all(_disjoint(routes[k], route) for route in routes[first : first + count]):
-            waves[-1][1] += 1
+def _launches(routes: Routes, grid: tuple[int, ...]) -> list[_Launch]:
+    """One launch per path; paths that share no cell go together."""
+    paths = [_path(routes[k]) for k in _order(routes)]
+    launches: list[_Launch] = []
+    members: list[tuple[object, ...]] = []
+    for path in dict.fromkeys(paths):
+        count = paths.count(path)
+        last = launches[-1] if launches else None
+        if last and last.routes == count and all(path[1] == other[1] and path[2] != other[2] for other in members):
+            members.append(path)
+            launches[-1] = last._replace(groups=last.groups + 1)
         else:
-            waves.append([k, 1])
-    return [(first, count) for first, count in waves]
+            members = [path]
+            launches.append(_Launch(paths.index(path), 1, count, False))
+    visited = routes[0].length(grid)
+    return [launch._replace(full=launch.groups * visited == math.prod(grid)) for launch in launches]
 
 
 def block_sizes(channels: int, state: int, rank: int, most_states: int) -> dict[str, int]:
     """Tile sizes and warps: what a thread keeps of a tile [M, D, N], and of the projection [R, D], fits registers."""
     block_n = min(most_states, triton.next_power_of_2(state))
-    block_r = max(16, triton.next_power_of_2(rank))
+    block_r = max(16, triton.next_power_of_2(rank + 1))
     return {
         "BLOCK_M": 16,
         "BLOCK_D": 32 if block_n == 1 and block_r <= 32 and channels > 16 else 16,
@@ -432,79 +516,97 @@ def block_sizes(channels: int, state: int, rank: int, most_states: int) -> dict[
 
 
 _PROGRAMS = 2048
-_SCRATCH = 96 * 2**20
+"""Programs that fill a GPU; with fewer, runs are cut shorter."""
+
+_SCRATCH = 160 * 2**20
+"""Bytes of scratch memory; a batch that needs more is done in parts."""
 
 
 class _Call:
-    """What the launches of a forward or a backward share."""
+    """What the launches of a forward or a backward have in common."""
 
     def __init__(self, x: Tensor, low_rank: Tensor, dt_weight: Tensor, A: Tensor, routes: Routes, most_states: int):
         _, *grid, self.channels = x.shape
         if len(grid) > _AXES:
-            raise ValueError(f"routed_scan on a GPU: grids of at most {_AXES} axes; got the grid {tuple(grid)}")
+            raise ValueError(f"routed_scan on a GPU takes grids of at most {_AXES} axes; got the grid {tuple(grid)}")
         self.routes, self.grid, self.cells = routes, tuple(grid), math.prod(grid)
         self.state, self.rank, self.columns = A.shape[-1], dt_weight.shape[-1], low_rank.shape[-1]
-        self.dtype = compute_dtype(x, A)
+        self.dtype, self.device = compute_dtype(x, A), x.device
         self.blocks = block_sizes(self.channels, self.state, self.rank, most_states)
         self.parts = triton.cdiv(self.channels, self.blocks["BLOCK_D"])
-        self.passes = [
-            (first, count, start)
-            for first, count in _waves(routes)
-            for start in range(0, self.state, self.blocks["BLOCK_N"])
-        ]
-        visited = routes[0].length(grid)
-        self.every_route_full = visited == self.cells
-        self.every_pass_full = all(count * visited == self.cells for _, count, _ in self.passes)
-        width = self.rank + 2 * self.state
+        self.launches = _launches(routes, self.grid)
+        self.full = all(launch.full for launch in self.launches)
         self.constants = {
             "FIELDS": _FIELDS,
-            "ALIGN": math.gcd(width, 16),
+            "ALIGN": math.gcd(self.rank + 2 * self.state, 16),
             "COARSE": x.dtype.itemsize == 2,
             "ACC": TRITON_DTYPE[self.dtype],
             **self.blocks,
         }
-        self.device = x.device
 
     def plan(self, batch: int) -> _Plan:
         """Runs long enough to be worth a program, short enough to fill the GPU."""
-        fastest = max(self.grid)
-        lines = max(1, batch * self.cells // fastest)
-        tiles = triton.cdiv(lines, self.blocks["BLOCK_M"]) * self.parts
-        pieces = max(1, min(triton.cdiv(_PROGRAMS, tiles), fastest // 8))
+        longest = max(self.grid)
+        tiles = triton.cdiv(batch * self.cells // longest, self.blocks["BLOCK_M"]) * self.parts
+        pieces = max(1, min(triton.cdiv(_PROGRAMS, tiles), longest // 8))
         return _plan(self.routes, self.grid, pieces, self.device)
 
     def slices(self, batch: int, bytes_per_sample: int) -> list[slice]:
         """The batch in equal parts whose scratch memory is bounded."""
-        count = min(batch, max(1, triton.cdiv(batch * bytes_per_sample, _SCRATCH)))
-        size = triton.cdiv(batch, count)
+        count = min(batch, triton.cdiv(batch * bytes_per_sample, _SCRATCH))
+        size = triton.cdiv(batch, max(1, count))
         return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
 
     def carries(
-        self, plan: _Plan, x: Tensor, dy: Tensor | None, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """The states after each run, (k, runs, n, c), and the gradients that each sends back, if ``dy`` is given."""
+        self,
+        plan: _Plan,
+        x: Tensor,
+        dy: Tensor | None,
+        low_rank: Tensor,
+        dt_weight: Tensor,
+        dt_bias: Tensor,
+        A: Tensor,
+        dD: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The states after each run, (k, runs, n, c), and, if ``dy`` is given, the gradients that each sends back."""
         batch, count = x.shape[0], len(self.routes)
         runs = batch * plan.runs
         state = x.new_empty(count, runs, self.state, self.channels, dtype=self.dtype)
-        adjoint = None if dy is None else torch.empty_like(state)
-        if plan.runs == 1:
+        adjoint = state if dy is None else torch.empty_like(state)
+        if plan.runs == 1 and dy is None:
             return state, adjoint
         total = x.new_empty(count, runs, self.channels, dtype=self.dtype)
         sizes = batch, self.cells, runs, self.channels, self.state, self.rank, self.columns
         tiles = triton.cdiv(runs, self.blocks["BLOCK_M"]) * self.parts
         grid = tiles, count, triton.cdiv(self.state, self.blocks["BLOCK_N"])
         summary_kernel[grid](
-            x, dy, low_rank, dt_weight, dt_bias, A, plan.table, total, state, adjoint, *sizes, **self.constants
+            x, dy, low_rank, dt_weight, dt_bias, A, plan.table, total, state, adjoint, dD, *sizes, **self.constants
         )
-        block_l = min(128, max(2, triton.next_power_of_2(plan.runs)))
-        for carried, reverse in ((state, False), (adjoint, True)):
-            if carried is not None:
-                carry_kernel[batch * self.state * triton.cdiv(self.channels, 32), count](
-                    total, carried, A, plan.table, runs, self.channels, self.state,
-                    FIELDS=_FIELDS, REVERSE=reverse, ACC=self.constants["ACC"], BLOCK_L=block_l, BLOCK_D=32,
-                    num_warps=1 if block_l <= 16 else 4,
-                )  # fmt: skip
+        if plan.runs > 1:
+            block_l = min(128, max(2, triton.next_power_of_2(plan.runs)))
+            grid = batch * self.state * triton.cdiv(self.channels, 32), count, 1 if dy is None else 2
+            carry_kernel[grid](
+                total, state, adjoint, A, plan.table, runs, self.channels, self.state, FIELDS=_FIELDS,
+                ACC=self.constants["ACC"], BLOCK_L=block_l, BLOCK_D=32, num_warps=max(1, block_l // 16),
+            )  # fmt: skip
         return state, adjoint
+
+    def partial(self, out: Tensor) -> Tensor:
+        """The map that routes add up on; where each cell is visited once, the result itself."""
+        if len(self.launches) == 1 and self.launches[0].routes == 1 and self.state <= self.blocks["BLOCK_N"]:
+            return out
+        shape = out.shape
+        return out.new_empty(shape, dtype=self.dtype) if self.full else out.new_zeros(shape, dtype=self.dtype)
+
+    def flags(self, position: int, partial: Tensor, out: Tensor) -> tuple[int, int, int, int]:
+        """First row and routes of a launch; whether it adds to the partial map and whether it stores the result."""
+        launch, only = self.launches[position], partial is out
+        return (
+            launch.first,
+            launch.routes,
+            int(position > 0 or not (self.full or only)),
+            int(only or (self.full and position == len(self.launches) - 1)),
+        )
 
 
 def forward(
@@ -513,10 +615,8 @@ def forward(
     """See :func:`vision_ssm.kernels.routed_scan.op.routed_scan`."""
     x, low_rank, dt_weight, dt_bias, A, D = (m.contiguous() for m in (x, low_rank, dt_weight, dt_bias, A, D))
     call = _Call(x, low_rank, dt_weight, A, routes, most_states=16)
-    several = len(call.passes) > 1
-    y = torch.empty_like(x) if call.every_pass_full else torch.zeros_like(x)
-    wide = call.dtype.itemsize * call.cells * call.channels
-    for part in call.slices(x.shape[0], several * wide):
+    y = torch.empty_like(x) if call.full else torch.zeros_like(x)
+    for part in call.slices(x.shape[0], call.cells * call.channels * call.dtype.itemsize):
         _forward(call, x[part], low_rank[part], dt_weight, dt_bias, A, D, y[part])
     return y
 
@@ -526,35 +626,18 @@ def _forward(
 ) -> None:
     batch = x.shape[0]
     plan = call.plan(batch)
-    state, _ = call.carries(plan, x, None, low_rank, dt_weight, dt_bias, A)
-    partial = _partial(call, y)
     runs = batch * plan.runs
+    state, _ = call.carries(plan, x, None, low_rank, dt_weight, dt_bias, A, None)
+    partial = call.partial(y)
     tiles = triton.cdiv(runs, call.blocks["BLOCK_M"]) * call.parts
     sizes = batch, call.cells, runs, call.channels, call.state, call.rank, call.columns
-    for (route, count, start), add, last in _order(call):
-        apply_kernel[tiles, count](
+    for position, launch in enumerate(call.launches):
+        apply_kernel[tiles, launch.groups](
             x, low_rank, dt_weight, dt_bias, A, D, plan.table, state, partial, y,
-            *sizes, route, start, add, last, **call.constants,
+            *sizes, *call.flags(position, partial, y), **call.constants,
         )  # fmt: skip
-    if partial is not y and not call.every_pass_full:
+    if not call.full and partial is not y:
         y.copy_(partial)
-
-
-def _partial(call: _Call, out: Tensor) -> Tensor:
-    """The map that passes add up on; where one pass does it all, the result itself."""
-    if len(call.passes) == 1:
-        return out
-    shape = out.shape
-    return out.new_empty(shape, dtype=call.dtype) if call.every_pass_full else out.new_zeros(shape, dtype=call.dtype)
-
-
-def _order(call: _Call) -> list[tuple[tuple[int, int, int], int, int]]:
-    """Each pass, whether it adds to the partial map, and whether its result is the final one."""
-    full, last = call.every_pass_full, len(call.passes) - 1
-    return [
-        (one, int(i > 0 or (last > 0 and not full)), int(i == last and (full or last == 0)))
-        for i, one in enumerate(call.passes)
-    ]
 
 
 def backward(
@@ -562,18 +645,20 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients by x, low_rank, dt_weight, dt_bias, A and D, each in the dtype of its tensor."""
     dy, x, low_rank, dt_weight, dt_bias, A, D = (m.contiguous() for m in (dy, x, low_rank, dt_weight, dt_bias, A, D))
+    weights = dt_weight, dt_bias, A, D
     call = _Call(x, low_rank, dt_weight, A, routes, most_states=4)
-    dx = torch.empty_like(x) if call.every_pass_full else torch.zeros_like(x)
+    dx = torch.empty_like(x) if call.full else torch.zeros_like(x)
     dlow_rank = torch.empty_like(low_rank)
-    grads = [m.new_zeros(m.shape, dtype=call.dtype) for m in (dt_weight, dt_bias, A, D)]
-    wide = call.dtype.itemsize
-    per_cell = call.channels * (
-        call.blocks["BLOCK_N"] * x.dtype.itemsize * max(count for _, count, _ in call.passes) + wide
-    ) + call.columns * call.parts * wide
-    for part in call.slices(x.shape[0], call.cells * per_cell):
-        weights = dt_weight, dt_bias, A, D
-        _backward(call, dy[part], x[part], low_rank[part], *weights, dx[part], dlow_rank[part], grads)
-    return dx, dlow_rank, *(grad.to(m.dtype) for grad, m in zip(grads, (dt_weight, dt_bias, A, D), strict=True))
+    history = call.blocks["BLOCK_N"] * x.dtype.itemsize * max(launch.groups for launch in call.launches)
+    per_cell = call.channels * (history + call.dtype.itemsize) + call.columns * call.parts * call.dtype.itemsize
+    sums = [
+        _backward(call, dy[part], x[part], low_rank[part], *weights, dx[part], dlow_rank[part])
+        for part in call.slices(x.shape[0], call.cells * per_cell)
+    ]
+    dweights, dD = (torch.stack(pieces).sum(0) for pieces in zip(*sums, strict=True))
+    dweight, dbias, dA = dweights.split([call.rank, 1, call.state], dim=1)
+    grads = dweight.transpose(1, 2), dbias.squeeze(1), dA.transpose(1, 2), dD
+    return dx, dlow_rank, *(grad.to(m.dtype).contiguous() for grad, m in zip(grads, weights, strict=True))
 
 
 def _backward(
@@ -587,37 +672,28 @@ def _backward(
     D: Tensor,
     dx: Tensor,
     dlow_rank: Tensor,
-    grads: list[Tensor],
-) -> None:
-    """Writes dx and dlow_rank of a part of the batch and adds its part of the others to ``grads``."""
-    batch = x.shape[0]
+) -> tuple[Tensor, Tensor]:
+    """Writes dx and dlow_rank of a part of the batch; returns its part of the parameters' gradients."""
+    batch, count = x.shape[0], len(call.routes)
     plan = call.plan(batch)
-    state, adjoint = call.carries(plan, x, dy, low_rank, dt_weight, dt_bias, A)
-    partial = _partial(call, dx)
     runs = batch * plan.runs
     tiles = triton.cdiv(runs, call.blocks["BLOCK_M"])
+    dD = x.new_zeros(tiles, count, call.channels, dtype=call.dtype)
+    dweights = x.new_zeros(tiles, count, call.rank + 1 + call.state, call.channels, dtype=call.dtype)
+    state, adjoint = call.carries(plan, x, dy, low_rank, dt_weight, dt_bias, A, dD)
+    partial = call.partial(dx)
     sizes = batch, call.cells, runs, call.channels, call.state, call.rank, call.columns
+    groups = max(launch.groups for launch in call.launches)
     step = call.blocks["BLOCK_M"] * call.blocks["BLOCK_D"] * call.blocks["BLOCK_N"]
-    most = max(count for _, count, _ in call.passes)
-    history = x.new_empty(most * tiles * call.parts * plan.steps * step)
-    parts = low_rank.new_empty if call.every_route_full else low_rank.new_zeros
-    dlow = parts((call.parts, *low_rank.shape), dtype=call.dtype)
-    for (route, count, start), add, last in _order(call):
-        here = slice(route, route + count)
-        pieces = [
-            dy.new_empty(tiles, count, call.channels, *trailing, dtype=call.dtype)
-            for trailing in ((call.rank,), (), (call.blocks["BLOCK_N"],), ())
-        ]
-        gradient_kernel[tiles * call.parts, count](
-            dy, x, low_rank, dt_weight, dt_bias, A, D, plan.table, state, adjoint, history, partial,
-            dx, dlow, *pieces, *sizes, plan.steps, route, start, add, last, **call.constants,
+    history = x.new_empty(groups * tiles * call.parts * plan.steps * step)
+    once = call.routes[0].length(call.grid) == call.cells  # else cells that a route skips have no gradient from it
+    dlow = (low_rank.new_empty if once else low_rank.new_zeros)((call.parts, *low_rank.shape), dtype=call.dtype)
+    for position, launch in enumerate(call.launches):
+        gradient_kernel[tiles * call.parts, launch.groups](
+            dy, x, low_rank, dt_weight, dt_bias, A, D, plan.table, state, adjoint, history, partial, dx, dlow, dweights,
+            *sizes, count, plan.steps, *call.flags(position, partial, dx), **call.constants,
         )  # fmt: skip
-        dweight, dbias, dA, dD = (piece.sum(0) for piece in pieces)
-        grads[0][here] += dweight
-        grads[1][here] += dbias
-        grads[2][here, :, start : start + dA.shape[-1]] += dA[..., : call.state - start]
-        if start == 0:
-            grads[3][here] += dD
-    torch.sum(dlow, 0, out=dlow_rank) if dlow.dtype == dlow_rank.dtype else dlow_rank.copy_(dlow.sum(0))
-    if partial is not dx and not call.every_pass_full:
+    if not call.full and partial is not dx:
         dx.copy_(partial)
+    dlow_rank.copy_(dlow.sum(0))
+    return dweights.sum(0), dD.sum(0)
