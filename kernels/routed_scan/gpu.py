@@ -158,6 +158,18 @@ def read(x, low_rank, cell, m_t, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMN
 
 
 @triton.jit
+def read_back(x, low_rank, dy, kept, cell, m_t, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """As ``read``, and the gradient by y and the state before the step."""
+    u, low, b, c = read(
+        x, low_rank, cell, m_t, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
+    )
+    mask = m_t[:, None] & (o_d < CHANNELS)[None, :]
+    return u, low, b, c, tl.load(dy + cell[:, None] * CHANNELS + o_d[None, :], mask, 0.0), tl.load(kept)
+
+
+@triton.jit
 def step_size(low, m_t, w, shift, COARSE: tl.constexpr, ACC: tl.constexpr):
     """Δ log2(e) [M, D] before softplus and after it; 0 where the mask ends: such a step keeps the state."""
     raw = product(low, w, ACC) + shift[None, :]
@@ -312,7 +324,7 @@ def apply_kernel(
             )
             _raw, dt = step_size(low, m_t, w, shift, COARSE, ACC)
             h = tl.exp2(tail(dt, BLOCK_N) * decay) * h + tail(dt * u, BLOCK_N) * b
-            out = over_states(h * c, BLOCK_N) + u * skip[None, :] + old
+            out = (u * skip[None, :] + old) + over_states(h * c, BLOCK_N)
             mask = m_t[:, None] & m_d[None, :]
             if last:
                 tl.store(y + offset, out, mask)
@@ -389,19 +401,24 @@ def gradient_kernel(
         m_add = o_d < tl.where(ADD + i > 0, CHANNELS, 0)
         m_more = o_r < tl.where(i % parts > 0, RANK, 0)
         last = (LAST > 0) & (i == ROUTES * parts - 1)
+        cell -= step
+        m_next = length <= steps
+        u_next, low_next, b_next, c_next, dout_next, h_next = read_back(
+            x, low_rank, dy, history + (length - 1) * tile + o_h, cell, m_next, column, o_d, o_n,
+            CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N,
+        )  # fmt: skip
         for i_back in range(length):
             t = length - 1 - i_back
+            m_t, u, low, dout, h = m_next, u_next.to(ACC), low_next, dout_next.to(ACC), h_next.to(ACC)
+            b, c = tl.expand_dims(b_next.to(ACC) * _LN2, 1), tl.expand_dims(c_next.to(ACC), 1)
+            offset, rows = cell[:, None] * CHANNELS + o_d[None, :], cell * COLUMNS + column
+            old = tl.load(partial + offset, m_t[:, None] & m_add[None, :], 0.0).to(ACC)
             cell -= step
-            m_t = t < steps
-            mask = m_t[:, None] & m_d[None, :]
-            offset = cell[:, None] * CHANNELS + o_d[None, :]
-            u, low, b, c = read(
-                x, low_rank, cell, m_t, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
-            )
-            dout = tl.load(dy + offset, mask, 0.0).to(ACC)
-            h = tl.load(history + t * tile + o_h).to(ACC)
-            out = tl.load(partial + offset, m_t[:, None] & m_add[None, :], 0.0).to(ACC) + dout * skip[None, :]
-            u, b, c = u.to(ACC), tl.expand_dims(b.to(ACC) * _LN2, 1), tl.expand_dims(c.to(ACC), 1)
+            m_next = (t - 1 < steps) & (steps * 0 < t)
+            u_next, low_next, b_next, c_next, dout_next, h_next = read_back(
+                x, low_rank, dy, history + tl.maximum(t - 1, 0) * tile + o_h, cell, m_next, column, o_d, o_n,
+                CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N,
+            )  # fmt: skip
             raw, dt = step_size(low, m_t, w, shift, COARSE, ACC)
 
             a = tl.exp2(tail(dt, BLOCK_N) * decay)
@@ -409,26 +426,31 @@ def gradient_kernel(
             g += tail(dout, BLOCK_N) * c
             log_a = g * kept  # the gradient by Δ A
             sum_A += log_a * tail(dt, BLOCK_N)
-            du_b = tail(dt * u, BLOCK_N)
-            dB = tl.sum(g * du_b, axis=1) * _LN2
-            dC = tl.sum(tail(dout, BLOCK_N) * (kept + du_b * b), axis=1)
+            du = tail(dt * u, BLOCK_N)
+            dB = tl.sum(g * du, axis=1) * _LN2
+            dC = tl.sum(tail(dout, BLOCK_N) * (kept + du * b), axis=1)
             db = over_states(g * b, BLOCK_N)
             # b holds ln 2; the sigmoid, which is softplus's slope, is 2^(raw - dt)
             draw = (over_states(log_a * decay, BLOCK_N) + db * u * _LOG2E) * tl.exp2(raw - dt)
             draw = tl.where(m_t[:, None], draw, 0.0).to(low_rank.dtype.element_ty)
             g *= a
-            out += db * dt
+            out = (dout * skip[None, :] + old) + db * dt
+            mask = m_t[:, None] & m_d[None, :]
             if last:
                 tl.store(dx + offset, out, mask)
             else:
                 tl.store(partial + offset, out, mask)
-            rows = cell * COLUMNS + column
-            o_b, m_b = tail(rows + RANK, BLOCK_N) + o_n, with_states(m_t, o_n, STATE, BLOCK_N)
-            tl.store(dlow_rank + o_b, dB, m_b)
-            tl.store(dlow_rank + o_b + STATE, dC, m_b)
+            dlow = product(draw, w_back, ACC)
             o_low = rows[:, None] + o_r[None, :]
-            dlow = product(draw, w_back, ACC) + tl.load(dlow_rank + o_low, m_t[:, None] & m_more[None, :], 0.0)
-            tl.store(dlow_rank + o_low, dlow, m_t[:, None] & m_r[None, :])
+            if BLOCK_N == 1:
+                dlow = tl.where(o_r[None, :] == RANK, dB[:, None], tl.where(o_r[None, :] == RANK + 1, dC[:, None], dlow))
+                tl.store(dlow_rank + o_low, dlow, m_t[:, None] & (o_r < RANK + 2)[None, :])
+            else:
+                o_b, m_b = tail(rows + RANK, BLOCK_N) + o_n, with_states(m_t, o_n, STATE, BLOCK_N)
+                tl.store(dlow_rank + o_b, dB, m_b)
+                tl.store(dlow_rank + o_b + STATE, dC, m_b)
+                dlow += tl.load(dlow_rank + o_low, m_t[:, None] & m_more[None, :], 0.0)
+                tl.store(dlow_rank + o_low, dlow, m_t[:, None] & m_r[None, :])
             low = tl.where(o_r[None, :] == RANK, 1.0, low)  # a column of ones gives the bias's gradient
             sum_w += product(tl.trans(low).to(draw.dtype), draw, ACC)
 
@@ -505,7 +527,7 @@ def _launches(routes: Routes, grid: tuple[int, ...]) -> list[_Launch]:
 def block_sizes(channels: int, state: int, rank: int, most_states: int) -> dict[str, int]:
     """Tile sizes and warps: what a thread keeps of a tile [M, D, N], and of the projection [R, D], fits registers."""
     block_n = min(most_states, triton.next_power_of_2(state))
-    block_r = max(16, triton.next_power_of_2(rank + 1))
+    block_r = max(16, triton.next_power_of_2(rank + 2))
     return {
         "BLOCK_M": 16,
         "BLOCK_D": 32 if block_n == 1 and block_r <= 32 and channels > 16 else 16,
@@ -583,7 +605,7 @@ class _Call:
             x, dy, low_rank, dt_weight, dt_bias, A, plan.table, total, state, adjoint, dD, *sizes, **self.constants
         )
         if plan.runs > 1:
-            block_l = min(128, max(2, triton.next_power_of_2(plan.runs)))
+            block_l = 16 if plan.runs <= 512 else 128
             grid = batch * self.state * triton.cdiv(self.channels, 32), count, 1 if dy is None else 2
             carry_kernel[grid](
                 total, state, adjoint, A, plan.table, runs, self.channels, self.state, FIELDS=_FIELDS,
