@@ -114,7 +114,9 @@ def runs_of(table, row, o_m, BATCH, CELLS, FIELDS: tl.constexpr):
     line = place // pieces
     left = (place - line * pieces) * length
     slow = line // size1
-    cell = sample.to(tl.int64) * CELLS + tl.load(table + 5) + slow * step0 + (line - slow * size1) * step1 + left * step2
+    cell = (
+        sample.to(tl.int64) * CELLS + tl.load(table + 5) + slow * step0 + (line - slow * size1) * step1 + left * step2
+    )
     steps = tl.where(sample < BATCH, tl.minimum(size2 - left, length), 0)
     return cell, steps, place, runs, length, step2
 
@@ -176,7 +178,7 @@ def step_size(low, m_t, w, shift, COARSE: tl.constexpr, ACC: tl.constexpr):
     return raw, tl.where(m_t[:, None], softplus2(raw, COARSE), 0.0)
 
 
-@triton.jit(do_not_specialize=["BATCH", "CELLS", "RUNS"])
+@triton.jit(do_not_specialize=["BATCH", "CELLS", "RUNS", "RANK", "COLUMNS"])
 def summary_kernel(
     x, dy, low_rank, weight, bias, A, table, total, state, adjoint, dD,
     BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS,
@@ -272,7 +274,7 @@ def carry_kernel(
         h = tl.sum(tl.where((tl.arange(0, BLOCK_L) == BLOCK_L - 1)[:, None], after, 0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["BATCH", "CELLS", "RUNS", "ROW", "ROUTES", "ADD", "LAST"])
+@triton.jit(do_not_specialize=["BATCH", "CELLS", "RUNS", "RANK", "COLUMNS", "ROW", "ROUTES", "ADD", "LAST"])
 def apply_kernel(
     x, low_rank, weight, bias, A, D, table, state, partial, y,
     BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS, ROW, ROUTES, ADD, LAST,
@@ -289,7 +291,9 @@ def apply_kernel(
     o_m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     m_d = o_d < CHANNELS
     parts = tl.cdiv(STATE, BLOCK_N)
-    start, steps, place, runs, length, stride = runs_of(table, ROW + tl.program_id(1) * ROUTES, o_m, BATCH, CELLS, FIELDS)
+    start, steps, place, runs, length, stride = runs_of(
+        table, ROW + tl.program_id(1) * ROUTES, o_m, BATCH, CELLS, FIELDS
+    )
     for i in range(ROUTES * parts):
         row = ROW + tl.program_id(1) * ROUTES + i // parts
         o_n = states_from(i % parts * BLOCK_N, BLOCK_N)
@@ -333,7 +337,9 @@ def apply_kernel(
         tl.debug_barrier()  # what one thread stored, another may load for the next route
 
 
-@triton.jit(do_not_specialize=["BATCH", "CELLS", "RUNS", "LONGEST", "ROW", "ROUTES", "ADD", "LAST"])
+@triton.jit(
+    do_not_specialize=["BATCH", "CELLS", "RUNS", "RANK", "COLUMNS", "K", "LONGEST", "ROW", "ROUTES", "ADD", "LAST"]
+)
 def gradient_kernel(
     dy, x, low_rank, weight, bias, A, D, table, state, adjoint, history, partial, dx, dlow_rank, dweights,
     BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS, K, LONGEST, ROW, ROUTES, ADD, LAST,
@@ -357,8 +363,12 @@ def gradient_kernel(
     history += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * LONGEST * tile
     dlow_rank += block.to(tl.int64) * BATCH * CELLS * COLUMNS
     parts = tl.cdiv(STATE, BLOCK_N)
-    start, steps, place, runs, length, stride = runs_of(table, ROW + tl.program_id(1) * ROUTES, o_m, BATCH, CELLS, FIELDS)
-    start, steps, place, runs, length, stride = runs_of(table, ROW + tl.program_id(1) * ROUTES, o_m, BATCH, CELLS, FIELDS)
+    start, steps, place, runs, length, stride = runs_of(
+        table, ROW + tl.program_id(1) * ROUTES, o_m, BATCH, CELLS, FIELDS
+    )
+    start, steps, place, runs, length, stride = runs_of(
+        table, ROW + tl.program_id(1) * ROUTES, o_m, BATCH, CELLS, FIELDS
+    )
     for i in range(ROUTES * parts):
         row = ROW + tl.program_id(1) * ROUTES + i // parts
         o_n = states_from(i % parts * BLOCK_N, BLOCK_N)
@@ -443,7 +453,9 @@ def gradient_kernel(
             dlow = product(draw, w_back, ACC)
             o_low = rows[:, None] + o_r[None, :]
             if BLOCK_N == 1:
-                dlow = tl.where(o_r[None, :] == RANK, dB[:, None], tl.where(o_r[None, :] == RANK + 1, dC[:, None], dlow))
+                dlow = tl.where(
+                    o_r[None, :] == RANK, dB[:, None], tl.where(o_r[None, :] == RANK + 1, dC[:, None], dlow)
+                )
                 tl.store(dlow_rank + o_low, dlow, m_t[:, None] & (o_r < RANK + 2)[None, :])
             else:
                 o_b, m_b = tail(rows + RANK, BLOCK_N) + o_n, with_states(m_t, o_n, STATE, BLOCK_N)
@@ -524,20 +536,20 @@ def _launches(routes: Routes, grid: tuple[int, ...]) -> list[_Launch]:
     return [launch._replace(full=launch.groups * visited == math.prod(grid)) for launch in launches]
 
 
-def block_sizes(channels: int, state: int, rank: int, most_states: int) -> dict[str, int]:
-    """Tile sizes and warps: what a thread keeps of a tile [M, D, N], and of the projection [R, D], fits registers."""
-    block_n = min(most_states, triton.next_power_of_2(state))
-    block_r = max(16, triton.next_power_of_2(rank + 2))
-    return {
-        "BLOCK_M": 16,
-        "BLOCK_D": 32 if block_n == 1 and block_r <= 32 and channels > 16 else 16,
-        "BLOCK_N": block_n,
-        "BLOCK_R": block_r,
-        "num_warps": 1,
-    }
+def block_sizes(channels: int, state: int, rank: int, backward: bool) -> dict[str, int]:
+    """Tile sizes and warps, as measured on an H200: a thread holds 8 or 16 channels x runs of a step, times N states."""
+    block_n = min(4 if backward else 16, triton.next_power_of_2(state))
+    block_r = max(16, triton.next_power_of_2(rank + 2))  # two columns of B and C, or of ones, beside those of Δ
+    if channels <= 16:
+        block_d, warps = 16, 1
+    elif backward or block_r > 32 or block_n > 1:
+        block_d, warps = (64, 4) if channels % 64 == 0 else (32, 2)
+    else:
+        block_d, warps = 32, 1
+    return {"BLOCK_M": 16, "BLOCK_D": block_d, "BLOCK_N": block_n, "BLOCK_R": block_r, "num_warps": warps}
 
 
-_PROGRAMS = 2048
+_PROGRAMS = 4096
 """Programs that fill a GPU; with fewer, runs are cut shorter."""
 
 _SCRATCH = 160 * 2**20
@@ -547,20 +559,21 @@ _SCRATCH = 160 * 2**20
 class _Call:
     """What the launches of a forward or a backward have in common."""
 
-    def __init__(self, x: Tensor, low_rank: Tensor, dt_weight: Tensor, A: Tensor, routes: Routes, most_states: int):
+    def __init__(self, x: Tensor, low_rank: Tensor, dt_weight: Tensor, A: Tensor, routes: Routes, backward: bool):
         _, *grid, self.channels = x.shape
         if len(grid) > _AXES:
             raise ValueError(f"routed_scan on a GPU takes grids of at most {_AXES} axes; got the grid {tuple(grid)}")
         self.routes, self.grid, self.cells = routes, tuple(grid), math.prod(grid)
         self.state, self.rank, self.columns = A.shape[-1], dt_weight.shape[-1], low_rank.shape[-1]
         self.dtype, self.device = compute_dtype(x, A), x.device
-        self.blocks = block_sizes(self.channels, self.state, self.rank, most_states)
+        self.blocks = block_sizes(self.channels, self.state, self.rank, backward)
         self.parts = triton.cdiv(self.channels, self.blocks["BLOCK_D"])
         self.launches = _launches(routes, self.grid)
         self.full = all(launch.full for launch in self.launches)
+        width = self.rank + 2 * self.state
         self.constants = {
             "FIELDS": _FIELDS,
-            "ALIGN": math.gcd(self.rank + 2 * self.state, 16),
+            "ALIGN": next(factor for factor in (8, 2, 1) if width % factor == 0),  # each is compiled anew
             "COARSE": x.dtype.itemsize == 2,
             "ACC": TRITON_DTYPE[self.dtype],
             **self.blocks,
@@ -573,10 +586,11 @@ class _Call:
         pieces = max(1, min(triton.cdiv(_PROGRAMS, tiles), longest // 8))
         return _plan(self.routes, self.grid, pieces, self.device)
 
-    def slices(self, batch: int, bytes_per_sample: int) -> list[slice]:
-        """The batch in equal parts whose scratch memory is bounded."""
-        count = min(batch, triton.cdiv(batch * bytes_per_sample, _SCRATCH))
-        size = triton.cdiv(batch, max(1, count))
+    def slices(self, batch: int, bytes_per_sample: int, carries: int) -> list[slice]:
+        """The batch in equal parts whose scratch memory is bounded; ``carries`` is how many states a run keeps."""
+        run = len(self.routes) * self.channels * (carries * self.state + 1) * self.dtype.itemsize
+        needed = batch * (bytes_per_sample + self.plan(batch).runs * run)
+        size = triton.cdiv(batch, min(batch, max(1, triton.cdiv(needed, _SCRATCH))))
         return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
 
     def carries(
@@ -636,9 +650,9 @@ def forward(
 ) -> Tensor:
     """See :func:`vision_ssm.kernels.routed_scan.op.routed_scan`."""
     x, low_rank, dt_weight, dt_bias, A, D = (m.contiguous() for m in (x, low_rank, dt_weight, dt_bias, A, D))
-    call = _Call(x, low_rank, dt_weight, A, routes, most_states=16)
+    call = _Call(x, low_rank, dt_weight, A, routes, backward=False)
     y = torch.empty_like(x) if call.full else torch.zeros_like(x)
-    for part in call.slices(x.shape[0], call.cells * call.channels * call.dtype.itemsize):
+    for part in call.slices(x.shape[0], call.cells * call.channels * call.dtype.itemsize, carries=1):
         _forward(call, x[part], low_rank[part], dt_weight, dt_bias, A, D, y[part])
     return y
 
@@ -668,14 +682,14 @@ def backward(
     """Gradients by x, low_rank, dt_weight, dt_bias, A and D, each in the dtype of its tensor."""
     dy, x, low_rank, dt_weight, dt_bias, A, D = (m.contiguous() for m in (dy, x, low_rank, dt_weight, dt_bias, A, D))
     weights = dt_weight, dt_bias, A, D
-    call = _Call(x, low_rank, dt_weight, A, routes, most_states=4)
+    call = _Call(x, low_rank, dt_weight, A, routes, backward=True)
     dx = torch.empty_like(x) if call.full else torch.zeros_like(x)
     dlow_rank = torch.empty_like(low_rank)
     history = call.blocks["BLOCK_N"] * x.dtype.itemsize * max(launch.groups for launch in call.launches)
     per_cell = call.channels * (history + call.dtype.itemsize) + call.columns * call.parts * call.dtype.itemsize
     sums = [
         _backward(call, dy[part], x[part], low_rank[part], *weights, dx[part], dlow_rank[part])
-        for part in call.slices(x.shape[0], call.cells * per_cell)
+        for part in call.slices(x.shape[0], call.cells * per_cell, carries=2)
     ]
     dweights, dD = (torch.stack(pieces).sum(0) for pieces in zip(*sums, strict=True))
     dweight, dbias, dA = dweights.split([call.rank, 1, call.state], dim=1)
