@@ -30,6 +30,8 @@ from ..selective_scan.gpu import TRITON_DTYPE, compose
 
 _AXES = 3
 _FIELDS = 10
+_SIZES = ["BATCH", "CELLS", "RUNS", "RANK", "COLUMNS"]  # sizes and flags that no kernel is compiled for
+_LAUNCH = ["ROW", "ROUTES", "ADD", "LAST"]
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
 
@@ -178,7 +180,7 @@ def step_size(low, m_t, w, shift, COARSE: tl.constexpr, ACC: tl.constexpr):
     return raw, tl.where(m_t[:, None], softplus2(raw, COARSE), 0.0)
 
 
-@triton.jit(do_not_specialize=["BATCH", "CELLS", "RUNS", "RANK", "COLUMNS"])
+@triton.jit(do_not_specialize=_SIZES)
 def summary_kernel(
     x, dy, low_rank, weight, bias, A, table, total, state, adjoint, dD,
     BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS,
@@ -249,7 +251,7 @@ def carry_kernel(
     total, state, adjoint, A, table, RUNS, CHANNELS, STATE,
     FIELDS: tl.constexpr, ACC: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The states after each run, in place of those that it leaves alone; the gradients likewise, from the last run on."""
+    """The states after each run, in place of those that it leaves alone; so the gradients, from the last run on."""
     blocks = tl.cdiv(CHANNELS, BLOCK_D)
     n, row = tl.program_id(0) // blocks % STATE, tl.program_id(1)
     o_d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -274,7 +276,7 @@ def carry_kernel(
         h = tl.sum(tl.where((tl.arange(0, BLOCK_L) == BLOCK_L - 1)[:, None], after, 0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["BATCH", "CELLS", "RUNS", "RANK", "COLUMNS", "ROW", "ROUTES", "ADD", "LAST"])
+@triton.jit(do_not_specialize=[*_SIZES, *_LAUNCH])
 def apply_kernel(
     x, low_rank, weight, bias, A, D, table, state, partial, y,
     BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS, ROW, ROUTES, ADD, LAST,
@@ -291,11 +293,10 @@ def apply_kernel(
     o_m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     m_d = o_d < CHANNELS
     parts = tl.cdiv(STATE, BLOCK_N)
-    start, steps, place, runs, length, stride = runs_of(
-        table, ROW + tl.program_id(1) * ROUTES, o_m, BATCH, CELLS, FIELDS
-    )
+    path = ROW + tl.program_id(1) * ROUTES
+    start, steps, place, runs, length, stride = runs_of(table, path, o_m, BATCH, CELLS, FIELDS)
     for i in range(ROUTES * parts):
-        row = ROW + tl.program_id(1) * ROUTES + i // parts
+        row = path + i // parts
         o_n = states_from(i % parts * BLOCK_N, BLOCK_N)
         k, ahead = direction_of(table, row, FIELDS)
         cell, step = start + tl.where(ahead < 0, steps - 1, 0) * stride, stride * ahead
@@ -363,14 +364,10 @@ def gradient_kernel(
     history += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * LONGEST * tile
     dlow_rank += block.to(tl.int64) * BATCH * CELLS * COLUMNS
     parts = tl.cdiv(STATE, BLOCK_N)
-    start, steps, place, runs, length, stride = runs_of(
-        table, ROW + tl.program_id(1) * ROUTES, o_m, BATCH, CELLS, FIELDS
-    )
-    start, steps, place, runs, length, stride = runs_of(
-        table, ROW + tl.program_id(1) * ROUTES, o_m, BATCH, CELLS, FIELDS
-    )
+    path = ROW + tl.program_id(1) * ROUTES
+    start, steps, place, runs, length, stride = runs_of(table, path, o_m, BATCH, CELLS, FIELDS)
     for i in range(ROUTES * parts):
-        row = ROW + tl.program_id(1) * ROUTES + i // parts
+        row = path + i // parts
         o_n = states_from(i % parts * BLOCK_N, BLOCK_N)
         k, ahead = direction_of(table, row, FIELDS)
         cell, step = start + tl.where(ahead < 0, steps - 1, 0) * stride, stride * ahead
@@ -484,7 +481,7 @@ class _Plan(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """Rows of the table that go together: ``groups`` times ``routes`` from ``first`` on, and whether they fill a map."""
+    """Rows of the table that go together: ``groups`` x ``routes`` from ``first`` on, and whether they fill a map."""
 
     first: int
     groups: int
@@ -537,7 +534,7 @@ def _launches(routes: Routes, grid: tuple[int, ...]) -> list[_Launch]:
 
 
 def block_sizes(channels: int, state: int, rank: int, backward: bool) -> dict[str, int]:
-    """Tile sizes and warps, as measured on an H200: a thread holds 8 or 16 channels x runs of a step, times N states."""
+    """Tile sizes and warps, as measured on an H200: a thread holds 8 or 16 channels of a step, with N states each."""
     block_n = min(4 if backward else 16, triton.next_power_of_2(state))
     block_r = max(16, triton.next_power_of_2(rank + 2))  # two columns of B and C, or of ones, beside those of Δ
     if channels <= 16:

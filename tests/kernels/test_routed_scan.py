@@ -1,15 +1,17 @@
+import os
+
 import pytest
 import torch
 import triton
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from vision_ssm.kernels import ATROUS, BIDIRECTIONAL, CROSS, ROW, recurrence, routed_scan
+from vision_ssm.kernels import ATROUS, BIDIRECTIONAL, CROSS, ROW, Route, recurrence, routed_scan
 from vision_ssm.kernels.routed_scan import gpu
 from vision_ssm.kernels.routed_scan.cases import CASES, SMALL, Case, make_inputs
 from vision_ssm.kernels.routed_scan.reference import routed_scan_ref
-from vision_ssm.kernels.routes import encode, index_table
+from vision_ssm.kernels.routes import COLUMN, COLUMN_BACK, ROW_BACK, encode, index_table
 
 
 def relative_error(have, want):
@@ -60,22 +62,93 @@ def test_precision(name, dtype, values, gradients, device):
 
 @pytest.fixture
 def small_blocks(monkeypatch, device):
-    """In the interpreter, tiles so small that a short sequence has several chunks and a few channels several blocks."""
+    """In the interpreter, tiles and scratch so small that a few channels, states and samples make several of each."""
     if device.type == "cpu":
-        blocks = {"BLOCK_L": 8, "BLOCK_D": 4, "num_warps": 1}
-        monkeypatch.setattr(gpu, "block_sizes", lambda *sizes: {**blocks, "BLOCK_N": triton.next_power_of_2(sizes[-1])})
+
+        def block_sizes(channels, state, rank, backward):
+            blocks = {"BLOCK_M": 16, "BLOCK_D": 8, "BLOCK_N": min(2, triton.next_power_of_2(state)), "BLOCK_R": 16}
+            return {**blocks, "num_warps": 1}
+
+        monkeypatch.setattr(gpu, "block_sizes", block_sizes)
+        monkeypatch.setattr(gpu, "_SCRATCH", 1)
+
+
+def check_triton(case, dtype, device, values=1e-5, gradients=1e-4, change=lambda inputs: inputs):
+    inputs = change(make_inputs(case, dtype, device))
+    want = run(reference, {key: m.double() for key, m in inputs.items()}, case.routes)
+    y = gpu.forward(*inputs.values(), case.routes)
+    assert y.dtype == dtype and relative_error(y, want["y"]) < values
+    dy = torch.randn(want["y"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).bfloat16()
+    grads = gpu.backward(dy.to(inputs["x"]), *inputs.values(), case.routes)
+    for (key, m), have in zip(inputs.items(), grads, strict=True):
+        assert have.dtype == m.dtype and have.isfinite().all(), key
+        # a gradient that vanishes has no relative error
+        assert relative_error(have, want[f"d{key}"]) < gradients or want[f"d{key}"].norm() < 1e-30, key
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_triton_equals_reference(name, small_blocks, device):
-    case = CASES[name]
-    inputs = make_inputs(case, torch.float32, device)
-    want = run(reference, {key: m.double() for key, m in inputs.items()}, case.routes)
-    assert relative_error(gpu.forward(*inputs.values(), case.routes), want["y"]) < 1e-5
-    dy = torch.randn(want["y"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).bfloat16()
-    grads = gpu.backward(dy.to(inputs["x"]), *inputs.values(), case.routes)
-    for key, have in zip(inputs, grads, strict=True):
-        assert relative_error(have, want[f"d{key}"]) < 1e-4, key
+    check_triton(CASES[name], torch.float32, device)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, (2, 33), 3, 1, 1, (ROW, ROW_BACK)),
+        Case(1, (19, 2), 3, 1, 1, (COLUMN, COLUMN_BACK)),
+        Case(2, (3, 3), 4, 2, 1, (ATROUS[0],)),
+        Case(1, (3, 4), 4, 1, 2, (ROW, Route((0, 1), stride=1), COLUMN_BACK)),
+        Case(1, (4, 4), 3, 1, 1, (ATROUS[0], ATROUS[3], ATROUS[1])),
+        Case(1, (19,), 3, 3, 2, (Route((0,)), Route((0,), reverse=True))),
+    ],
+    ids=["wide", "high", "not all cells", "a route twice", "some paths apart", "one axis"],
+)
+def test_triton_takes_any_routes(case, small_blocks, device, monkeypatch):
+    monkeypatch.setattr(gpu, "_PROGRAMS", 10**6)  # runs as short as they get
+    check_triton(case, torch.float32, device)
+
+
+@pytest.mark.parametrize(
+    ("scale", "bias"), [(1e4, 0.0), (0.0, -1e4), (1.0, 60.0)], ids=["decay underflows", "zero delta", "large delta"]
+)
+def test_triton_extremes(scale, bias, small_blocks, device):
+    def change(inputs):
+        return {**inputs, "A": inputs["A"] * scale, "dt_bias": inputs["dt_bias"] + bias}
+
+    check_triton(Case(1, (4, 5), 3, 2, 1), torch.float32, device, change=change)
+
+
+def test_triton_in_float64(small_blocks, device):
+    check_triton(Case(1, (3, 5), 4, 2, 2, BIDIRECTIONAL), torch.float64, device, values=1e-12, gradients=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "gradients"),
+    [(torch.float16, 2e-3, 4e-3), (torch.bfloat16, 1e-2, 2e-2)],
+    ids=["float16", "bfloat16"],
+)
+def test_triton_in_half_precision(dtype, values, gradients, small_blocks, device):
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("the interpreter multiplies bfloat16 matrices as integers")
+    check_triton(Case(2, (3, 5), 9, 1, 2, BIDIRECTIONAL), dtype, device, values, gradients)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the interpreter's cases are above")
+@given(
+    grid=st.one_of(
+        st.tuples(st.integers(1, 70), st.integers(1, 70)),
+        st.tuples(*(st.integers(1, 12),) * 3),
+        st.tuples(st.integers(1, 600)),
+    ),
+    batch=st.integers(1, 3), channels=st.integers(1, 130), state=st.sampled_from([1, 1, 2, 5, 16, 64]),
+    rank=st.integers(1, 40), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), data=st.data(),
+)  # fmt: skip
+@settings(max_examples=int(os.environ.get("VSSM_FUZZ_CASES", "50")))
+def test_fuzz(grid, batch, channels, state, rank, dtype, data):
+    values, gradients = {torch.float32: (1e-5, 1e-4), torch.float16: (2e-3, 4e-3), torch.bfloat16: (1e-2, 2e-2)}[dtype]
+    axes = st.permutations(range(len(grid))).map(tuple)
+    routes = data.draw(st.lists(st.builds(Route, axes, reverse=st.booleans()), min_size=1, max_size=8).map(tuple))
+    check_triton(Case(batch, grid, channels, state, rank, routes), dtype, "cuda", values, gradients)
 
 
 @given(
