@@ -539,10 +539,12 @@ def block_sizes(channels: int, state: int, rank: int, backward: bool) -> dict[st
     block_r = max(16, triton.next_power_of_2(rank + 2))  # two columns of B and C, or of ones, beside those of Δ
     if channels <= 16:
         block_d, warps = 16, 1
-    elif backward or block_r > 32 or block_n > 1:
-        block_d, warps = (64, 4) if channels % 64 == 0 else (32, 2)
+    elif block_n > 1:
+        block_d, warps = 32, 4
+    elif block_r > (16 if backward else 32) and channels % 64 == 0:
+        block_d, warps = 64, 4
     else:
-        block_d, warps = 32, 1
+        block_d, warps = 32, 2 if backward else 1
     return {"BLOCK_M": 16, "BLOCK_D": block_d, "BLOCK_N": block_n, "BLOCK_R": block_r, "num_warps": warps}
 
 

@@ -44,6 +44,12 @@ class AutocastOptimWrapper(OptimWrapper):
 class SafeRunner(Runner):
     """A Runner whose checkpoints are written whole, read safely and loaded strictly."""
 
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        # The config is logged and written by now. Each checkpoint holds its text as well, and formatting that takes
+        # longer than writing the checkpoint.
+        vars(self.cfg)["_format_python_code"] = False
+
     @property
     def task(self) -> BaseModel:
         """The task that is trained, without the wrapper that shares gradients among processes."""

@@ -22,6 +22,7 @@ class Suite:
 
 
 _BOTH_WIDTHS = (torch.float32, torch.bfloat16)
+_TINY = ("vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny", "vit_small_patch16_224")
 
 SUITES: dict[str, Suite] = {
     "cpu": Suite(
@@ -31,18 +32,15 @@ SUITES: dict[str, Suite] = {
     ),
     "ops": Suite(
         (
-            OperatorJob("routed_scan", ("stage?",), _BOTH_WIDTHS),
+            OperatorJob("ss2d core", ("stage?", "stage1_n16"), (torch.float16, torch.bfloat16)),
             OperatorJob("selective_scan", ("vim_tiny",), _BOTH_WIDTHS),
         ),
         seconds=1,
     ),
     "models": Suite(
         (
-            ModelJob(
-                ("vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny"),
-                batch=128,
-                autocast=torch.bfloat16,
-            ),
+            ModelJob(_TINY, batch=128, autocast=torch.bfloat16),
+            ModelJob(_TINY, batch=128, autocast=torch.bfloat16, compiled=True),
         ),
         seconds=3,
     ),
@@ -50,7 +48,7 @@ SUITES: dict[str, Suite] = {
         (
             OperatorJob("routed_scan", ("prime_grid", "atrous", "volume"), _BOTH_WIDTHS),
             OperatorJob("selective_scan", ("prime_length", "state_16"), _BOTH_WIDTHS),
-            ModelJob(("vmamba_tiny",), batch=1),
+            ModelJob(("vmamba_tiny",), batch=32, autocast=torch.bfloat16),
         ),
         seconds=0.3,
     ),

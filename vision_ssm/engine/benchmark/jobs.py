@@ -43,12 +43,17 @@ class Operator:
     reference: Callable[[Any, Inputs], Tensor]
     batched: tuple[str, ...]
 
-    def work(self, case: Any, inputs: Inputs, dy: Tensor, direction: str) -> Callable[[], object]:
-        """What is timed."""
+    def work(self, case: Any, inputs: Inputs, direction: str) -> Callable[[], object]:
+        """What is timed; the loss is half the squared norm of the output, whose gradient is the output itself."""
         if direction == FORWARD:
-            return partial(self.call, case, inputs)
+            return torch.no_grad()(partial(self.call, case, inputs))
         leaves = _leaves(inputs)
-        return lambda: torch.autograd.grad(self.call(case, leaves), list(leaves.values()), dy)
+
+        def run() -> object:
+            y = self.call(case, leaves)
+            return torch.autograd.grad(y, list(leaves.values()), y.detach())
+
+        return run
 
     def accuracy(self, case: Any, inputs: Inputs, dy: Tensor, direction: str) -> Accuracy:
         """Error against the float64 reference, and bytes moved at least.
@@ -88,8 +93,7 @@ class OperatorJob:
         for name, dtype, direction in product(names, self.dtypes, (FORWARD, BOTH)):
             case = operator.cases[name]
             inputs = operator.make_inputs(case, dtype, device)
-            dy = torch.randn_like(operator.call(case, inputs))
-            accuracy = operator.accuracy(case, inputs, dy, direction)
+            accuracy = operator.accuracy(case, inputs, torch.randn_like(operator.call(case, inputs)), direction)
             yield {
                 "subject": self.operator,
                 "case": name,
@@ -97,31 +101,38 @@ class OperatorJob:
                 "direction": direction,
                 "dtype": _name(dtype),
                 "layout": _name(torch.contiguous_format),
-                "timing": measure({name: operator.work(case, inputs, dy, direction)}, device, seconds)[name],
+                "timing": measure({name: operator.work(case, inputs, direction)}, device, seconds)[name],
                 "accuracy": accuracy,
             }
 
 
 @dataclass(frozen=True)
 class ModelJob:
-    """timm models with random weights, measured in turns; ``autocast`` is the dtype of autocast, if any."""
+    """timm models with random weights, measured in turns; ``autocast`` is the dtype of autocast, if any.
+
+    ``compiled`` is by torch.compile with its defaults; compiling is not part of the time.
+    """
 
     models: tuple[str, ...]
     batch: int
     size: int = 224
     autocast: torch.dtype | None = None
     layout: torch.memory_format = torch.contiguous_format
+    compiled: bool = False
 
     def rows(self, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
         """Fields of each row, all but the suite and the environment."""
         models = {name: timm.create_model(name).to(device).to(memory_format=self.layout) for name in self.models}
+        if self.compiled:
+            for model in models.values():
+                model.compile()
         images = torch.randn(self.batch, 3, self.size, self.size, device=device).to(memory_format=self.layout)
         for direction, step in ((FORWARD, _infer), (BOTH, _train_step)):
             work = {name: partial(step, model, images, self.autocast) for name, model in models.items()}
             for name, timing in measure(work, device, seconds).items():
                 yield {
                     "subject": name,
-                    "case": f"{self.size} px",
+                    "case": f"{self.size} px" + ", compiled" * self.compiled,
                     "batch": self.batch,
                     "direction": direction,
                     "dtype": _name(self.autocast or torch.float32),
@@ -170,6 +181,27 @@ def _routed_scan_ref(case: routed_cases.Case, inputs: Inputs) -> Tensor:
     return routed_scan_ref(**flat, index=index_table(case.routes, case.grid, x.device)).view(x.shape)
 
 
+def _project(inputs: Inputs) -> Inputs:
+    scan = {name: m for name, m in inputs.items() if name != "projection"}
+    return {**scan, "low_rank": F.linear(inputs["x"], inputs["projection"].to(inputs["x"].dtype))}
+
+
+def _core(case: routed_cases.Case, inputs: Inputs) -> Tensor:
+    return _routed_scan(case, _project(inputs))
+
+
+def _core_ref(case: routed_cases.Case, inputs: Inputs) -> Tensor:
+    return _routed_scan_ref(case, _project(inputs))
+
+
+def _core_inputs(case: routed_cases.Case, dtype: torch.dtype, device: torch.device | str) -> Inputs:
+    """Those of the routed scan, with a projection of random weights in place of the low-rank part."""
+    inputs = routed_cases.make_inputs(case, dtype, device)
+    channels, columns = inputs["x"].shape[-1], inputs.pop("low_rank").shape[-1]
+    generator = torch.Generator().manual_seed(1)
+    return {**inputs, "projection": (torch.randn(columns, channels, generator=generator) * channels**-0.5).to(device)}
+
+
 def _selective_scan(case: selective_cases.Case, inputs: Inputs) -> Tensor:
     arguments: dict[str, Any] = {**inputs, "delta_softplus": True}
     y = selective_scan(**arguments)
@@ -189,6 +221,13 @@ OPERATORS: dict[str, Operator] = {
         call=_routed_scan,
         reference=_routed_scan_ref,
         batched=("x", "low_rank"),
+    ),
+    "ss2d core": Operator(
+        cases=routed_cases.CASES,
+        make_inputs=_core_inputs,
+        call=_core,
+        reference=_core_ref,
+        batched=("x",),
     ),
     "selective_scan": Operator(
         cases=selective_cases.CASES,
