@@ -556,25 +556,35 @@ _SCRATCH = 160 * 2**20
 
 
 class _Call:
-    """What the launches of a forward or a backward have in common."""
+    """What the launches of a forward or a backward have in common; made once for each signature, see ``_call``."""
 
-    def __init__(self, x: Tensor, low_rank: Tensor, dt_weight: Tensor, A: Tensor, routes: Routes, backward: bool):
-        _, *grid, self.channels = x.shape
+    def __init__(
+        self,
+        shape: torch.Size,
+        map_dtype: torch.dtype,
+        dtype: torch.dtype,
+        device: torch.device,
+        rank: int,
+        state: int,
+        routes: Routes,
+        backward: bool,
+    ):
+        _, *grid, self.channels = shape
         if len(grid) > _AXES:
             raise ValueError(f"routed_scan on a GPU takes grids of at most {_AXES} axes; got the grid {tuple(grid)}")
+        width = rank + 2 * state
         self.routes, self.grid, self.cells = routes, tuple(grid), math.prod(grid)
-        self.state, self.rank, self.columns = A.shape[-1], dt_weight.shape[-1], low_rank.shape[-1]
-        self.dtype, self.device = compute_dtype(x, A), x.device
-        self.blocks = block_sizes(self.channels, self.state, self.rank, backward)
+        self.state, self.rank, self.columns = state, rank, len(routes) * width
+        self.dtype, self.device = dtype, device
+        self.blocks = block_sizes(self.channels, state, rank, backward)
         self.parts = triton.cdiv(self.channels, self.blocks["BLOCK_D"])
         self.launches = _launches(routes, self.grid)
         self.full = all(launch.full for launch in self.launches)
-        width = self.rank + 2 * self.state
         self.constants = {
             "FIELDS": _FIELDS,
             "ALIGN": next(factor for factor in (8, 2, 1) if width % factor == 0),  # each is compiled anew
-            "COARSE": x.dtype.itemsize == 2,
-            "ACC": TRITON_DTYPE[self.dtype],
+            "COARSE": map_dtype.itemsize == 2,
+            "ACC": TRITON_DTYPE[dtype],
             **self.blocks,
         }
 
@@ -644,12 +654,20 @@ class _Call:
         )
 
 
+_cached_call = lru_cache(maxsize=1024)(_Call)
+
+
+def _call(x: Tensor, dt_weight: Tensor, A: Tensor, routes: Routes, *, backward: bool) -> _Call:
+    rank, state = dt_weight.shape[-1], A.shape[-1]
+    return _cached_call(x.shape, x.dtype, compute_dtype(x, A), x.device, rank, state, routes, backward)
+
+
 def forward(
     x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Routes
 ) -> Tensor:
     """See :func:`vision_ssm.kernels.routed_scan.op.routed_scan`."""
     x, low_rank, dt_weight, dt_bias, A, D = (m.contiguous() for m in (x, low_rank, dt_weight, dt_bias, A, D))
-    call = _Call(x, low_rank, dt_weight, A, routes, backward=False)
+    call = _call(x, dt_weight, A, routes, backward=False)
     y = torch.empty_like(x) if call.full else torch.zeros_like(x)
     for part in call.slices(x.shape[0], call.cells * call.channels * call.dtype.itemsize, carries=1):
         _forward(call, x[part], low_rank[part], dt_weight, dt_bias, A, D, y[part])
@@ -681,7 +699,7 @@ def backward(
     """Gradients by x, low_rank, dt_weight, dt_bias, A and D, each in the dtype of its tensor."""
     dy, x, low_rank, dt_weight, dt_bias, A, D = (m.contiguous() for m in (dy, x, low_rank, dt_weight, dt_bias, A, D))
     weights = dt_weight, dt_bias, A, D
-    call = _Call(x, low_rank, dt_weight, A, routes, backward=True)
+    call = _call(x, dt_weight, A, routes, backward=True)
     dx = torch.empty_like(x) if call.full else torch.zeros_like(x)
     dlow_rank = torch.empty_like(low_rank)
     history = call.blocks["BLOCK_N"] * x.dtype.itemsize * max(launch.groups for launch in call.launches)
@@ -690,7 +708,7 @@ def backward(
         _backward(call, dy[part], x[part], low_rank[part], *weights, dx[part], dlow_rank[part])
         for part in call.slices(x.shape[0], call.cells * per_cell, carries=2)
     ]
-    dweights, dD = (torch.stack(pieces).sum(0) for pieces in zip(*sums, strict=True))
+    dweights, dD = sums[0] if len(sums) == 1 else (torch.stack(pieces).sum(0) for pieces in zip(*sums, strict=True))
     dweight, dbias, dA = dweights.split([call.rank, 1, call.state], dim=1)
     grads = dweight.transpose(1, 2), dbias.squeeze(1), dA.transpose(1, 2), dD
     return dx, dlow_rank, *(grad.to(m.dtype).contiguous() for grad, m in zip(grads, weights, strict=True))
@@ -713,8 +731,8 @@ def _backward(
     plan = call.plan(batch)
     runs = batch * plan.runs
     tiles = triton.cdiv(runs, call.blocks["BLOCK_M"])
-    dD = x.new_zeros(tiles, count, call.channels, dtype=call.dtype)
-    dweights = x.new_zeros(tiles, count, call.rank + 1 + call.state, call.channels, dtype=call.dtype)
+    dD = x.new_empty(tiles, count, call.channels, dtype=call.dtype)
+    dweights = x.new_empty(tiles, count, call.rank + 1 + call.state, call.channels, dtype=call.dtype)
     state, adjoint = call.carries(plan, x, dy, low_rank, dt_weight, dt_bias, A, dD)
     partial = call.partial(dx)
     sizes = batch, call.cells, runs, call.channels, call.state, call.rank, call.columns

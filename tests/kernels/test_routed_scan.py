@@ -71,6 +71,7 @@ def small_blocks(monkeypatch, device):
 
         monkeypatch.setattr(gpu, "block_sizes", block_sizes)
         monkeypatch.setattr(gpu, "_SCRATCH", 1)
+        monkeypatch.setattr(gpu, "_cached_call", gpu._Call)
 
 
 def check_triton(case, dtype, device, values=1e-5, gradients=1e-4, change=lambda inputs: inputs):
