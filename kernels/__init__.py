@@ -22,6 +22,8 @@ from .routes import (
 )
 from .selective_scan.op import selective_scan
 
+from . import flops  # isort: skip  # formulas of the operators above
+
 __all__ = [
     "ATROUS",
     "AXIAL_3D",
@@ -38,6 +40,7 @@ __all__ = [
     "cross_merge",
     "cross_scan",
     "find_routes",
+    "flops",
     "routed_scan",
     "selective_scan",
 ]

@@ -1,5 +1,6 @@
 """``selective_scan``: the input-dependent diagonal recurrence of Mamba (S6) as a torch.library operator."""
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan, h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t,  y_t = C_t h_t + D u_t  (arXiv:2312.00752, algorithm 2).
 
-    Differentiable in every tensor. States accumulate in float32, or in float64 if ``u``, ``A`` or the state is.
+    Differentiable in every tensor. States accumulate in float32, or in float64 if ``u``, ``A`` or the state is. Under
+    autocast, u, delta, B and C are brought to the widest dtype among them; otherwise they must share one.
 
     Args:
         u: input, (b, d, l).
@@ -57,6 +59,9 @@ def selective_scan(
     if B.dim() == 4 and C.dim() == 4 and B.shape[1] != C.shape[1]:
         groups = max(B.shape[1], C.shape[1])
         B, C = (m.expand(-1, groups, -1, -1) if m.shape[1] == 1 else m for m in (B, C))
+    if torch.is_autocast_enabled(u.device.type):
+        wide = reduce(torch.promote_types, (m.dtype for m in (u, delta, B, C)))
+        u, delta, B, C = (m.to(wide) for m in (u, delta, B, C))
     y, last = torch.ops.vision_ssm.selective_scan(u, delta, A, B, C, D, delta_bias, bool(delta_softplus), initial_state)
     if z is not None:
         check_shape("selective_scan", "z", z, {"batch": u.shape[0], "dim": u.shape[1], "length": u.shape[2]})

@@ -1,0 +1,66 @@
+"""FLOP formulas of the operators, for ``torch.utils.flop_counter.FlopCounterMode``.
+
+Additions, multiplications and exponentials count one each. Per step, channel and state the recurrence takes nine: Δ A
+and its exponential, Δ B u (three, as peers count them), the update of h (two), and C h (two); D u adds one for each step
+and channel. Published tables count like this (9 b l d n), so that they compare. A backward counts twice its forward, as
+matrix products do: that kernels compute states anew is not work of the model.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .routes import decode
+
+_RECURRENCE = 9
+
+
+def selective_scan_flops(u: Sequence[int], delta: Sequence[int], A: Sequence[int], *rest: Any, **options: Any) -> int:
+    """From the shapes (b, d, l) of u and (d, n) of A."""
+    return math.prod(u) * (_RECURRENCE * A[1] + 1)
+
+
+def routed_scan_flops(
+    x: Sequence[int],
+    low_rank: Sequence[int],
+    dt_weight: Sequence[int],
+    dt_bias: Sequence[int],
+    A: Sequence[int],
+    D: Sequence[int],
+    routes: Sequence[int],
+    **options: Any,
+) -> int:
+    """The selective scan of every route, and the projection of Δ: two for each of its r columns."""
+    batch, *grid, channels = x
+    steps = sum(route.length(grid) for route in decode(routes, len(grid)))
+    return batch * steps * channels * (2 * dt_weight[2] + _RECURRENCE * A[2] + 1)
+
+
+def _twice(formula: Any, gradients: int) -> Any:
+    """The formula of a backward, which takes ``gradients`` tensors before the inputs."""
+    return lambda *shapes, **options: 2 * formula(*shapes[gradients:], **options)
+
+
+def _moves_only(*shapes: Any, **options: Any) -> int:
+    return 0
+
+
+def _merges(y: Sequence[int], routes: Any, grid: Any, **options: Any) -> int:
+    """One addition for each step of every route after the first."""
+    batch, count, channels, length = y
+    return batch * (count - 1) * channels * length
+
+
+_ops = torch.ops.vision_ssm
+for _op, _formula in (
+    (_ops.cross_scan, _moves_only),
+    (_ops.cross_merge, _merges),
+    (_ops.selective_scan, selective_scan_flops),
+    (_ops.selective_scan_backward, _twice(selective_scan_flops, 2)),
+    (_ops.routed_scan, routed_scan_flops),
+    (_ops.routed_scan_backward, _twice(routed_scan_flops, 1)),
+):
+    register_flop_formula(_op)(_formula)
