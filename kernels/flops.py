@@ -1,8 +1,8 @@
 """FLOP formulas of the operators, for ``torch.utils.flop_counter.FlopCounterMode``.
 
 Additions, multiplications and exponentials count one each. Per step, channel and state the recurrence takes nine: Δ A
-and its exponential, Δ B u (three, as peers count them), the update of h (two), and C h (two); D u adds one for each step
-and channel. Published tables count like this (9 b l d n), so that they compare. A backward counts twice its forward, as
+and its exponential, Δ B u (three, as peers count them), the update of h (two), and C h (two); D u adds one per step and
+channel. Published tables count like this (9 b l d n), so that they compare. A backward counts twice its forward, as
 matrix products do: that kernels compute states anew is not work of the model.
 """
 

@@ -1,6 +1,7 @@
 """The benchmark: what it measures, what it writes, and that the committed tables are what it renders."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from vision_ssm.engine.benchmark import SUITES, Suite
 from vision_ssm.engine.benchmark.jobs import BOTH, FORWARD, OPERATORS, ModelJob, OperatorJob
 from vision_ssm.engine.benchmark.rows import Accuracy, Environment, Row, Timing, filled, read_rows, render, write_rows
 from vision_ssm.engine.benchmark.timing import describe, measure
+from vision_ssm.engine.figures import resolution
 from vision_ssm.tools.benchmark import main
 from vision_ssm.tools.errors import run
 
@@ -102,6 +104,35 @@ def test_rates(row: Row) -> None:
     assert row.samples_per_s == pytest.approx(2000)
 
 
+@pytest.mark.parametrize("peak", [None, 300.0])
+def test_plot_against_tokens(row: Row, tmp_path: Path, peak: float | None) -> None:
+    timing = replace(row.timing, peak_mib=peak)
+    rows = [
+        replace(row, subject=subject, case=f"{side} px{compiled}", accuracy=None, timing=timing)
+        for subject in ("vmamba_tiny", "vit_small_patch16_224")
+        for side in (448, 224)
+        for compiled in ("", ", compiled")
+    ]
+    panels = resolution([row, *rows]).axes
+    assert len(panels) == (1 if peak is None else 2)
+    assert [list(line.get_xdata()) for line in panels[0].lines] == [[196, 784]] * 4
+    assert panels[0].get_xscale() == panels[0].get_yscale() == "log"
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+    assert main(["plot", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_of_no_model_is_refused(row: Row) -> None:
+    with pytest.raises(ValueError, match="no row is of a model"):
+        resolution([row])
+
+
+def test_models_of_one_size_are_told_it() -> None:
+    job = ModelJob(("vit_tiny_patch16_224",), batch=1, size=64)
+    assert [fields["case"] for fields in job.rows(torch.device("cpu"), 0.01)] == ["64 px"] * 2
+
+
 def test_work_is_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
     monkeypatch.setattr("vision_ssm.engine.benchmark.timing._cpu_times", lambda run, seconds: [run() or 1.0])
@@ -110,7 +141,7 @@ def test_work_is_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_suite_lists_the_suites() -> None:
-    with pytest.raises(ValueError, match="unknown suite 'fast'; suites are cpu, ops, models, smoke"):
+    with pytest.raises(ValueError, match="unknown suite 'fast'; suites are cpu, ops, models, resolution, smoke"):
         benchmark.run("fast")
 
 
@@ -210,7 +241,10 @@ def test_the_command_measures_and_renders(tiny_suite: str, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--suite", "fast", "--out", "rows.jsonl"], "unknown suite 'fast'; suites are cpu, ops, models, smoke"),
+        (
+            ["--suite", "fast", "--out", "rows.jsonl"],
+            "unknown suite 'fast'; suites are cpu, ops, models, resolution, smoke",
+        ),
         (["--suite", "cpu", "--out", "rows.jsonl", "--device", "cuda"], "suite 'cpu' is for cpu"),
         (["render"], "render needs files"),
         (["render", "absent.jsonl"], "absent.jsonl"),

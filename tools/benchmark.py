@@ -1,11 +1,13 @@
-"""Measure a suite and write its rows as JSON lines, or render such files as Markdown tables.
+"""Measure a suite and write its rows as JSON lines, or render such files as Markdown tables or draw them.
 
-Suites: cpu (VMamba-T beside Swin-T), ops (operators), models (inference and training), smoke (two minutes on a GPU).
+Suites: cpu (VMamba-T beside Swin-T), ops (operators), models (inference and training, eager and compiled), resolution
+(the same from 224 to 2048 px), smoke (two minutes on a GPU).
 
 Examples:
   vision-ssm benchmark --suite smoke --out smoke.jsonl
   vision-ssm benchmark render smoke.jsonl
   vision-ssm benchmark render --into README.md
+  vision-ssm benchmark plot resolution.jsonl --out resolution.png
 """
 
 import argparse
@@ -20,10 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments.parse_args(argv)
     if args.command == "render":
         render_files(args.files, args.into)
+    elif args.command == "plot":
+        plot_files(args.files, args.picture)
     elif args.suite and args.out:
         measure(args.suite, args.out, args.device)
     else:
-        arguments.error("give --suite and --out, or the command render")
+        arguments.error("give --suite and --out, or one of the commands render and plot")
     return 0
 
 
@@ -53,6 +57,13 @@ def render_files(files: Sequence[Path], document: Path | None) -> None:
         Console(highlight=False, markup=False, soft_wrap=True).print(render(read_rows(file)))
 
 
+def plot_files(files: Sequence[Path], picture: Path) -> None:
+    from vision_ssm.engine.benchmark.rows import read_rows
+    from vision_ssm.engine.figures import resolution, save_figure
+
+    save_figure(picture, resolution([row for file in files for row in read_rows(file)]))
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="vision-ssm benchmark",
@@ -63,9 +74,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--suite", help="what to measure")
     p.add_argument("--out", type=Path, help="new file for the rows, one JSON object each")
     p.add_argument("--device", help="cpu or cuda; by default the suite's own, else cuda if there is one")
-    rendering = p.add_subparsers(dest="command").add_parser("render", help="print or fill in Markdown tables")
+    commands = p.add_subparsers(dest="command")
+    rendering = commands.add_parser("render", help="print or fill in Markdown tables")
     rendering.add_argument("files", nargs="*", type=Path, help="files of rows, printed as tables")
     rendering.add_argument("--into", type=Path, help="document whose <!-- benchmark FILE --> blocks are rendered anew")
+    plotting = commands.add_parser("plot", help="draw time and memory of models against tokens")
+    plotting.add_argument("files", nargs="+", type=Path, help="files of rows")
+    plotting.add_argument("--out", dest="picture", type=Path, required=True, help="picture to write, such as a .png")
     return p
 
 

@@ -1,6 +1,6 @@
 """Pictures of a run: loss curves and label maps over the image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from vision_ssm.engine.benchmark.rows import Row
 from vision_ssm.engine.checkpoint import write_atomically
 
-__all__ = ["curves", "overlays", "save_figure"]
+__all__ = ["curves", "overlays", "resolution", "save_figure"]
 
 COLOURS = colormaps["tab10"](range(10))[:, :3]
 SLICES = 5
@@ -57,6 +58,48 @@ def draw(axes: Axes, image: np.ndarray, labels: np.ndarray, classes: int) -> Non
     axes.imshow(colour.transpose(1, 0, 2), origin="lower", interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
+
+
+def resolution(rows: Sequence[Row]) -> Figure:
+    """Time and peak memory per image against the number of 16 x 16 px tokens, both axes logarithmic.
+
+    Args:
+        rows: of models; a column of panels for each direction, a row for time and one for memory if it was measured.
+
+    Raises:
+        ValueError: no row is of a model.
+    """
+    models = [(row.side, row) for row in rows if row.side is not None]
+    if not models:
+        raise ValueError("nothing to plot: no row is of a model; measure the suite models or resolution")
+    directions = list(dict.fromkeys(row.direction for _, row in models))
+    subjects = list(dict.fromkeys(row.subject for _, row in models))
+    measures: dict[str, Callable[[Row], float | None]] = {"ms per image": lambda row: row.timing.median_ms / row.batch}
+    if all(row.timing.peak_mib is not None for _, row in models):
+        measures["peak MiB per image"] = lambda row: row.timing.peak_mib and row.timing.peak_mib / row.batch
+    figure = Figure(figsize=(5 * len(directions), 3.6 * len(measures)), layout="constrained")
+    panels = figure.subplots(len(measures), len(directions), squeeze=False, sharex=True)
+    for line, (label, value) in zip(panels, measures.items(), strict=True):
+        for axes, direction in zip(line, directions, strict=True):
+            lines: dict[tuple[str, bool], list[tuple[float, float | None]]] = {}
+            for side, row in sorted(models, key=lambda model: model[0]):
+                if row.direction == direction:
+                    lines.setdefault((row.subject, row.compiled), []).append(((side / 16) ** 2, value(row)))
+            for (subject, compiled), points in lines.items():
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=COLOURS[subjects.index(subject) % len(COLOURS)],
+                    linestyle="-" if compiled else "--",
+                    marker=".",
+                    label=f"{subject}, {'compiled' if compiled else 'eager'}",
+                )
+            axes.set(xscale="log", yscale="log", ylabel=label, title=direction)
+            axes.grid(alpha=0.3, which="both")
+    for axes in panels[-1]:
+        axes.set_xlabel("tokens of 16 x 16 px")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
 
 
 def curves(losses: Mapping[str, Sequence[float]], window: int = 10) -> Figure:

@@ -48,7 +48,7 @@ class SafeRunner(Runner):
         super().__init__(**parts)
         # The config is logged and written by now. Each checkpoint holds its text as well, and formatting that takes
         # longer than writing the checkpoint.
-        vars(self.cfg)["_format_python_code"] = False
+        object.__setattr__(self.cfg, "_format_python_code", False)
 
     @property
     def task(self) -> BaseModel:

@@ -44,6 +44,14 @@ SUITES: dict[str, Suite] = {
         ),
         seconds=3,
     ),
+    "resolution": Suite(
+        tuple(
+            ModelJob(_TINY, batch=batch, size=size, autocast=torch.bfloat16, compiled=compiled)
+            for compiled in (False, True)
+            for size, batch in ((224, 128), (384, 32), (512, 32), (768, 8), (1024, 8), (1536, 2), (2048, 2))
+        ),
+        seconds=1,
+    ),
     "smoke": Suite(
         (
             OperatorJob("routed_scan", ("prime_grid", "atrous", "volume"), _BOTH_WIDTHS),

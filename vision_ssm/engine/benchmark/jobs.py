@@ -14,6 +14,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 
 from vision_ssm.kernels import routed_scan, selective_scan
@@ -122,7 +123,7 @@ class ModelJob:
 
     def rows(self, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
         """Fields of each row, all but the suite and the environment."""
-        models = {name: timm.create_model(name).to(device).to(memory_format=self.layout) for name in self.models}
+        models = {name: _create(name, self.size).to(device).to(memory_format=self.layout) for name in self.models}
         if self.compiled:
             for model in models.values():
                 model.compile()
@@ -140,6 +141,12 @@ class ModelJob:
                     "timing": timing,
                     "accuracy": None,
                 }
+
+
+def _create(name: str, size: int) -> nn.Module:
+    """The model for images of ``size``; those that are built for one size are told it."""
+    told: dict[str, Any] = {"img_size": size} if get_pretrained_cfg_value(name, "fixed_input_size") else {}
+    return timm.create_model(name, **told)
 
 
 def _infer(model: nn.Module, images: Tensor, autocast: torch.dtype | None) -> None:

@@ -62,7 +62,7 @@ class Row:
 
     Args:
         subject: operator or model.
-        case: name of the operator's shapes, or the side of the model's image.
+        case: name of the operator's shapes, or the side of the model's image, "224 px" or "224 px, compiled".
         batch: samples of one run.
         direction: "forward" or "forward+backward".
         dtype: of the tensors, or of the autocast.
@@ -89,6 +89,16 @@ class Row:
     @property
     def samples_per_s(self) -> float:
         return 1e3 * self.batch / self.timing.median_ms
+
+    @property
+    def side(self) -> int | None:
+        """Side of a model's image in pixels; None for an operator."""
+        return None if self.accuracy else int(self.case.split(" px")[0])
+
+    @property
+    def compiled(self) -> bool:
+        """Whether a model was run by torch.compile."""
+        return self.case.endswith(", compiled")
 
     @classmethod
     def from_json(cls, line: str) -> "Row":

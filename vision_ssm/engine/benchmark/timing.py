@@ -107,13 +107,15 @@ def _optional_version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """Commit of this file's repository, "+dirty" with local changes; else VISION_SSM_COMMIT, else "unknown"."""
+    """VISION_SSM_COMMIT (for a copy of a tree), else the commit of this file's repository, "+dirty" where changed."""
+    if "VISION_SSM_COMMIT" in os.environ:
+        return os.environ["VISION_SSM_COMMIT"]
     git = ("git", "-C", str(_SOURCE.parent))
     if shutil.which("git") and _output(*git, "ls-files", "--error-unmatch", _SOURCE.name):
         revision = _output(*git, "rev-parse", "--short=12", "HEAD")
         if revision:
             return f"{revision}+dirty" if _output(*git, "status", "--porcelain", "--untracked-files=no") else revision
-    return os.environ.get("VISION_SSM_COMMIT", "unknown")
+    return "unknown"
 
 
 def _output(*command: str) -> str | None:
