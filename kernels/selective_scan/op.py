@@ -59,7 +59,7 @@ def selective_scan(
     if B.dim() == 4 and C.dim() == 4 and B.shape[1] != C.shape[1]:
         groups = max(B.shape[1], C.shape[1])
         B, C = (m.expand(-1, groups, -1, -1) if m.shape[1] == 1 else m for m in (B, C))
-    if torch.is_autocast_enabled(u.device.type):
+    if u.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(u.device.type):
         wide = reduce(torch.promote_types, (m.dtype for m in (u, delta, B, C)))
         u, delta, B, C = (m.to(wide) for m in (u, delta, B, C))
     y, last = torch.ops.vision_ssm.selective_scan(u, delta, A, B, C, D, delta_bias, bool(delta_softplus), initial_state)

@@ -239,3 +239,16 @@ def test_errors_say_what_is_accepted(change, message):
     inputs = make_inputs(CASES["state_1"], torch.float32, "cpu")
     with pytest.raises(ValueError, match=message):
         selective_scan(**{**inputs, **change}, delta_softplus=True)
+
+
+def test_autocast_promotes_the_maps(device):
+    half, wide = torch.bfloat16, torch.float32
+    u, delta, B, C = (torch.rand(2, 3, 5, device=device) for _ in range(4))
+    A = -torch.rand(3, 3, device=device)
+    mixed = {"u": u.to(half), "delta": delta, "A": A, "B": B.to(half), "C": C.to(half)}
+    with pytest.raises(ValueError, match=r"must share one dtype.*delta torch\.float32"):
+        selective_scan(**mixed)
+    with torch.autocast(device.type, dtype=half):
+        y = selective_scan(**mixed)
+    assert y.dtype == wide
+    assert torch.equal(y, selective_scan(**{name: m.to(wide) for name, m in mixed.items()}))
