@@ -551,7 +551,7 @@ def block_sizes(channels: int, state: int, rank: int, backward: bool) -> dict[st
 _PROGRAMS = 4096
 """Programs that fill a GPU; with fewer, runs are cut shorter."""
 
-_SCRATCH = 160 * 2**20
+_SCRATCH = {"forward": 160 * 2**20, "backward": 96 * 2**20}
 """Bytes of scratch memory; a batch that needs more is done in parts."""
 
 
@@ -578,6 +578,7 @@ class _Call:
         self.dtype, self.device = dtype, device
         self.blocks = block_sizes(self.channels, state, rank, backward)
         self.parts = triton.cdiv(self.channels, self.blocks["BLOCK_D"])
+        self.scratch = _SCRATCH["backward" if backward else "forward"]
         self.launches = _launches(routes, self.grid)
         self.full = all(launch.full for launch in self.launches)
         self.constants = {
@@ -599,7 +600,7 @@ class _Call:
         """The batch in equal parts whose scratch memory is bounded; ``carries`` is how many states a run keeps."""
         run = len(self.routes) * self.channels * (carries * self.state + 1) * self.dtype.itemsize
         needed = batch * (bytes_per_sample + self.plan(batch).runs * run)
-        size = triton.cdiv(batch, min(batch, max(1, triton.cdiv(needed, _SCRATCH))))
+        size = triton.cdiv(batch, min(batch, max(1, triton.cdiv(needed, self.scratch))))
         return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
 
     def carries(

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def small_blocks(monkeypatch, device):
             return {**blocks, "num_warps": 1}
 
         monkeypatch.setattr(gpu, "block_sizes", block_sizes)
-        monkeypatch.setattr(gpu, "_SCRATCH", 1)
+        monkeypatch.setattr(gpu, "_SCRATCH", {"forward": 1, "backward": 1})
         monkeypatch.setattr(gpu, "_cached_call", gpu._Call)
 
 
@@ -181,6 +182,36 @@ def test_extremes_stay_finite(scale, bias):
     for key, have in run(routed_scan, inputs, CROSS).items():
         assert have.isfinite().all()
         assert relative_error(have, exact[key]) < 1e-4 or exact[key].abs().max() < 1e-30, key
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU's grid has such a limit")
+def test_more_samples_than_a_grid_axis_holds():
+    case = Case(70_000, (1, 2), 3, 1, 1)
+    inputs = make_inputs(case, torch.float32, "cuda")
+    want = run(reference, inputs, CROSS)
+    for key, have in run(routed_scan, inputs, CROSS).items():
+        assert relative_error(have, want[key]) < (1e-4 if key.startswith("d") else 1e-5), key
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 30 GB of a GPU's memory")
+def test_more_elements_than_32_bits_count():
+    """The last of so many samples is what it is alone; it is the one whose offsets do not fit."""
+    case = Case(23, (1024, 1024), 96, 1, 6)
+    weights = make_inputs(replace(case, batch=1, grid=(1, 1)), torch.float16, "cuda")
+    x = torch.randn(case.batch, *case.grid, case.channels, device="cuda", dtype=torch.float16)
+    low_rank = torch.randn(case.batch, *case.grid, 32, device="cuda", dtype=torch.float16)
+    assert x.numel() > 2**31
+    inputs = {**weights, "x": x, "low_rank": low_rank}
+    alone = {**weights, "x": x[-1:].clone(), "low_rank": low_rank[-1:].clone()}
+    with torch.no_grad():
+        assert relative_error(routed_scan(**inputs, routes=CROSS)[-1], routed_scan(**alone, routes=CROSS)[0]) < 1e-3
+    dy = torch.randn_like(alone["x"])
+    everywhere = torch.zeros_like(x)
+    everywhere[-1:] = dy
+    grads = gpu.backward(everywhere, *inputs.values(), CROSS)
+    for have, want in zip(grads, gpu.backward(dy, *alone.values(), CROSS), strict=True):
+        last = have[-1:] if have.shape[0] == case.batch else have
+        assert relative_error(last, want) < 1e-3
 
 
 def test_unvisited_cells_are_zero():

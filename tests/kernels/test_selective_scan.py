@@ -217,6 +217,21 @@ def test_golden_file(name, golden_file):
             assert_close(grad2, arrays[f"grad2_{key}"], rtol=1e-10, atol=1e-10 * scale + 1e-300)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the float32 of a GPU; float64 on a CPU is above")
+@pytest.mark.parametrize("name", GOLDEN.split())
+def test_golden_file_on_a_gpu(name, golden_file):
+    arrays = {key: torch.from_numpy(m) for key, m in np.load(golden_file(f"ops/selective_scan/{name}.npz")).items()}
+    softplus = json.loads(golden_file(f"ops/selective_scan/{name}.json").read_text())["delta_softplus"]
+    names = [key for key in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias") if key in arrays]
+    leaves = {key: arrays[key].float().cuda().requires_grad_() for key in names}
+    y, last = selective_scan(**leaves, delta_softplus=softplus, return_last_state=True)
+    grads = torch.autograd.grad(y, list(leaves.values()), arrays["dy"].float().cuda())
+    pairs = [(y, arrays["y"], 1e-5), (last, arrays["last_state"], 1e-5)]
+    pairs += [(grad, arrays[f"grad_{key}"], 1e-4) for key, grad in zip(names, grads, strict=True)]
+    for have, want, tolerance in pairs:
+        assert (have.cpu().double() - want).norm() <= tolerance * want.norm() + 1e-30
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
