@@ -98,16 +98,22 @@ def _to_ours(source: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in inner.items() if isinstance(value, Tensor)}
 
 
-def _check(state_dict: Mapping[str, Tensor], model: nn.Module, name: str) -> None:
+def misfits(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, list[str]]:
+    """What keeps a state dict from loading strictly: a list of keys under each complaint that there is."""
     wanted = model.state_dict()
-    missing = sorted(wanted.keys() - state_dict.keys())
-    unexpected = sorted(state_dict.keys() - wanted.keys())
-    shapes = [
-        f"{key} {tuple(state_dict[key].shape)}, not {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in state_dict and state_dict[key].shape != value.shape
-    ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    if any(found.values()):
-        lines = (f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in found.items() if keys)
+    found = {
+        "missing": sorted(wanted.keys() - state_dict.keys()),
+        "unexpected": sorted(state_dict.keys() - wanted.keys()),
+        "of another shape": [
+            f"{key} {tuple(state_dict[key].shape)}, not {tuple(value.shape)}"
+            for key, value in wanted.items()
+            if key in state_dict and state_dict[key].shape != value.shape
+        ],
+    }
+    return {complaint: keys for complaint, keys in found.items() if keys}
+
+
+def _check(state_dict: Mapping[str, Tensor], model: nn.Module, name: str) -> None:
+    if found := misfits(state_dict, model):
+        lines = (f"{len(keys)} {complaint}: {', '.join(keys)}" for complaint, keys in found.items())
         raise ValueError(f"the checkpoint does not fit {name}.\n" + "\n".join(lines))

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vision_ssm._version import __version__
+from vision_ssm.model_zoo.checkpoints import misfits
 
 __all__ = ["latest_checkpoint", "load_into", "read_state", "save_weights", "write_atomically"]
 
@@ -90,12 +91,8 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> N
     Raises:
         ValueError: the weights belong to another model.
     """
-    own = module.state_dict()
-    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
-    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if missing or unexpected or shapes:
-        counts = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-        listed = "; ".join(f"{len(keys)} {what} (e.g. {min(keys)})" for what, keys in counts.items() if keys)
+    if found := misfits(state, module):
+        listed = "; ".join(f"{len(keys)} {complaint} (e.g. {keys[0]})" for complaint, keys in found.items())
         raise ValueError(f"{source} holds the weights of another model: {listed}. Use the config it was trained with")
     module.load_state_dict(dict(state))
 
