@@ -124,23 +124,22 @@ def runs_of(table, row, o_m, BATCH, CELLS, FIELDS: tl.constexpr):
 
 
 @triton.jit
-def direction_of(table, row, FIELDS: tl.constexpr):
-    """Index of a route and the direction, 1 or -1, in which it walks its runs."""
-    table += row * FIELDS
-    return tl.load(table + 9).to(tl.int32), 1 - 2 * tl.load(table + 8).to(tl.int32)
-
-
-@triton.jit
-def weights_of(weight, bias, A, k, o_d, o_n, CHANNELS, STATE, RANK, DTYPE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+def enter(
+    table, row, start, steps, stride, weight, bias, A, o_d, o_n, CHANNELS, STATE, RANK,
+    FIELDS: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Projection [R, D] and bias [D] of Δ log2(e), and A [1, D] or [1, D, N]."""
+    """What it takes to walk a route over the runs that begin at cells ``start``: its index, its direction (1 or -1),
+    its first cells and step; projection [R, D] and bias [D] of Δ log2(e), and A [1, D] or [1, D, N].
+    """
+    table += row * FIELDS
+    k, ahead = tl.load(table + 9).to(tl.int32), 1 - 2 * tl.load(table + 8).to(tl.int32)
+    cell = start + tl.where(ahead < 0, steps - 1, 0) * stride
     o_r = tl.arange(0, BLOCK_R)
     o_kd, m_d = k * CHANNELS + o_d, o_d < CHANNELS
     w = tl.load(weight + o_kd[None, :] * RANK + o_r[:, None], (o_r < RANK)[:, None] & m_d[None, :], 0.0)
-    shift = tl.load(bias + o_kd, m_d, 0.0).to(ACC)
+    shift = tl.load(bias + o_kd, m_d, 0.0).to(ACC) * _LOG2E
     decay = tl.load(A + tail(o_kd * STATE, BLOCK_N) + o_n, with_states(m_d, o_n, STATE, BLOCK_N), 0.0).to(ACC)
-    return (w.to(ACC) * _LOG2E).to(DTYPE), shift * _LOG2E, tl.expand_dims(decay, 0)
+    return k, ahead, cell, stride * ahead, (w.to(ACC) * _LOG2E).to(DTYPE), shift, tl.expand_dims(decay, 0)
 
 
 @triton.jit
@@ -196,13 +195,11 @@ def summary_kernel(
     first = tl.program_id(2) * BLOCK_N
     o_n = states_from(first, BLOCK_N)
     m_d = o_d < CHANNELS
-    cell, steps, _place, _runs, length, step = runs_of(table, row, o_m, BATCH, CELLS, FIELDS)
-    k, ahead = direction_of(table, row, FIELDS)
-    cell += tl.where(ahead < 0, steps - 1, 0) * step
-    step *= ahead
-    w, shift, decay = weights_of(
-        weight, bias, A, k, o_d, o_n, CHANNELS, STATE, RANK, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N
-    )
+    start, steps, _place, _runs, length, stride = runs_of(table, row, o_m, BATCH, CELLS, FIELDS)
+    k, _ahead, cell, step, w, shift, decay = enter(
+        table, row, start, steps, stride, weight, bias, A, o_d, o_n, CHANNELS, STATE, RANK,
+        FIELDS, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N,
+    )  # fmt: skip
     column = k * (RANK + 2 * STATE)
     s = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     sum_D = s
@@ -298,11 +295,10 @@ def apply_kernel(
     for i in range(ROUTES * parts):
         row = path + i // parts
         o_n = states_from(i % parts * BLOCK_N, BLOCK_N)
-        k, ahead = direction_of(table, row, FIELDS)
-        cell, step = start + tl.where(ahead < 0, steps - 1, 0) * stride, stride * ahead
-        w, shift, decay = weights_of(
-            weight, bias, A, k, o_d, o_n, CHANNELS, STATE, RANK, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N
-        )
+        k, ahead, cell, step, w, shift, decay = enter(
+            table, row, start, steps, stride, weight, bias, A, o_d, o_n, CHANNELS, STATE, RANK,
+            FIELDS, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N,
+        )  # fmt: skip
         skip = tl.load(D + k * CHANNELS + o_d, o_d < tl.where(i % parts == 0, CHANNELS, 0), 0.0).to(ACC)
         before = place - ahead
         run = row * RUNS.to(tl.int64) + o_m - ahead
@@ -369,11 +365,10 @@ def gradient_kernel(
     for i in range(ROUTES * parts):
         row = path + i // parts
         o_n = states_from(i % parts * BLOCK_N, BLOCK_N)
-        k, ahead = direction_of(table, row, FIELDS)
-        cell, step = start + tl.where(ahead < 0, steps - 1, 0) * stride, stride * ahead
-        w, shift, decay = weights_of(
-            weight, bias, A, k, o_d, o_n, CHANNELS, STATE, RANK, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N
-        )
+        k, ahead, cell, step, w, shift, decay = enter(
+            table, row, start, steps, stride, weight, bias, A, o_d, o_n, CHANNELS, STATE, RANK,
+            FIELDS, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N,
+        )  # fmt: skip
         skip = tl.load(D + k * CHANNELS + o_d, o_d < tl.where(i % parts == 0, CHANNELS, 0), 0.0).to(ACC)
         o_w = (k * CHANNELS + o_d)[:, None] * RANK + o_r[None, :]
         w_back = tl.load(weight + o_w, m_d[:, None] & m_r[None, :], 0.0).to(low_rank.dtype.element_ty)
