@@ -27,8 +27,8 @@ def selective_scan_fn(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan with the signature and semantics of ``mamba_ssm.ops.selective_scan_interface.selective_scan_fn``.
 
-    Differentiable in every tensor, on a CPU as well. As there, the maps are brought to u's dtype, and the last state is
-    float32 and takes no part in the gradient. See :func:`vision_ssm.kernels.selective_scan` for one that does, and for
+    Differentiable in every tensor, on a CPU as well. The maps are brought to u's dtype; the last state is float32 and,
+    as there, takes no part in the gradient. See :func:`vision_ssm.kernels.selective_scan` for one that does, and for
     an initial state.
 
     Args:

@@ -146,9 +146,10 @@ def enter(
 def read(x, low_rank, cell, m_t, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of one step: x [M, D], the columns [M, R] from those of Δ on (more than there are: their weights are 0), B, C.
+    """Of one step: x [M, D], the columns [M, R] of Δ, B and C.
 
-    Called one step ahead, so that the loads are under way while the step before is computed.
+    Called one step ahead, so that the loads are under way while the step before is computed. The columns are loaded
+    as wide as they lie and cleared after those of Δ: a weight of 0 would not keep a NaN of another column out.
     """
     o_r = tl.arange(0, BLOCK_R)
     columns, column = COLUMNS // ALIGN * ALIGN, column // ALIGN * ALIGN  # as they are; the compiler sees the factor
@@ -157,6 +158,7 @@ def read(x, low_rank, cell, m_t, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMN
     o_b, m_b = tail(rows + RANK, BLOCK_N) + o_n, with_states(m_t, o_n, STATE, BLOCK_N)
     u = tl.load(x + cell[:, None] * CHANNELS + o_d[None, :], m_t[:, None] & (o_d < CHANNELS)[None, :], 0.0)
     low = tl.load(low_rank + rows[:, None] + o_r[None, :], m_t[:, None] & m_r[None, :], 0.0)
+    low = tl.where((o_r < RANK)[None, :], low, 0.0).to(low.dtype)
     return u, low, tl.load(low_rank + o_b, m_b, 0.0), tl.load(low_rank + o_b + STATE, m_b, 0.0)
 
 
@@ -502,7 +504,7 @@ def _plan(routes: Routes, grid: tuple[int, ...], pieces: int, device: torch.devi
     for k in _order(routes):
         sizes, steps, first = replace(routes[k], reverse=False).affine(grid)
         sizes, steps = (1,) * (_AXES - len(sizes)) + sizes, (0,) * (_AXES - len(steps)) + steps
-        length = triton.cdiv(sizes[2], pieces)
+        length = triton.cdiv(sizes[2], max(1, min(pieces, sizes[2] // _SHORTEST)))
         runs = sizes[0] * sizes[1] * triton.cdiv(sizes[2], length)
         rows.append((*sizes[1:], *steps, first, runs, length, int(routes[k].reverse), k))
     table = torch.tensor(rows, dtype=torch.int64, device=device)
@@ -544,7 +546,9 @@ def block_sizes(channels: int, state: int, rank: int, backward: bool) -> dict[st
 
 
 _PROGRAMS = 4096
-"""Programs that fill a GPU; with fewer, runs are cut shorter."""
+"""Programs that fill a GPU; with fewer, runs are cut shorter, down to about ``_SHORTEST`` steps."""
+
+_SHORTEST = 8
 
 _SCRATCH = {"forward": 160 * 2**20, "backward": 96 * 2**20}
 """Bytes of scratch memory; a batch that needs more is done in parts."""
@@ -571,6 +575,9 @@ class _Call:
         self.routes, self.grid, self.cells = routes, tuple(grid), math.prod(grid)
         self.state, self.rank, self.columns = state, rank, len(routes) * width
         self.dtype, self.device = dtype, device
+        self.kept = (
+            dtype if dtype == torch.float64 else map_dtype
+        )  # of the states that backward keeps for its walk back
         self.blocks = block_sizes(self.channels, state, rank, backward)
         self.parts = triton.cdiv(self.channels, self.blocks["BLOCK_D"])
         self.scratch = _SCRATCH["backward" if backward else "forward"]
@@ -584,12 +591,15 @@ class _Call:
             **self.blocks,
         }
 
+    def operand(self, low_rank: Tensor) -> Tensor:
+        """The low-rank maps as the product with dt_weight takes them: float64 goes with an accumulation in it."""
+        return low_rank.to(self.dtype) if torch.float64 in (low_rank.dtype, self.dtype) else low_rank
+
     def plan(self, batch: int) -> _Plan:
         """Runs long enough to be worth a program, short enough to fill the GPU."""
         longest = max(self.grid)
         tiles = triton.cdiv(batch * self.cells // longest, self.blocks["BLOCK_M"]) * self.parts
-        pieces = max(1, min(triton.cdiv(_PROGRAMS, tiles), longest // 8))
-        return _plan(self.routes, self.grid, pieces, self.device)
+        return _plan(self.routes, self.grid, triton.cdiv(_PROGRAMS, tiles), self.device)
 
     def slices(self, batch: int, bytes_per_sample: int, carries: int) -> list[slice]:
         """The batch in equal parts whose scratch memory is bounded; ``carries`` is how many states a run keeps."""
@@ -664,6 +674,7 @@ def forward(
     """See :func:`vision_ssm.kernels.routed_scan.op.routed_scan`."""
     x, low_rank, dt_weight, dt_bias, A, D = (m.contiguous() for m in (x, low_rank, dt_weight, dt_bias, A, D))
     call = _call(x, dt_weight, A, routes, backward=False)
+    low_rank = call.operand(low_rank)
     y = torch.empty_like(x) if call.full else torch.zeros_like(x)
     for part in call.slices(x.shape[0], call.cells * call.channels * call.dtype.itemsize, carries=1):
         _forward(call, x[part], low_rank[part], dt_weight, dt_bias, A, D, y[part])
@@ -698,7 +709,8 @@ def backward(
     call = _call(x, dt_weight, A, routes, backward=True)
     dx = torch.empty_like(x) if call.full else torch.zeros_like(x)
     dlow_rank = torch.empty_like(low_rank)
-    history = call.blocks["BLOCK_N"] * x.dtype.itemsize * max(launch.groups for launch in call.launches)
+    low_rank = call.operand(low_rank)
+    history = call.blocks["BLOCK_N"] * call.kept.itemsize * max(launch.groups for launch in call.launches)
     per_cell = call.channels * (history + call.dtype.itemsize) + call.columns * call.parts * call.dtype.itemsize
     sums = [
         _backward(call, dy[part], x[part], low_rank[part], *weights, dx[part], dlow_rank[part])
@@ -734,7 +746,7 @@ def _backward(
     sizes = batch, call.cells, runs, call.channels, call.state, call.rank, call.columns
     groups = max(launch.groups for launch in call.launches)
     step = call.blocks["BLOCK_M"] * call.blocks["BLOCK_D"] * call.blocks["BLOCK_N"]
-    history = x.new_empty(groups * tiles * call.parts * plan.steps * step)
+    history = x.new_empty(groups * tiles * call.parts * plan.steps * step, dtype=call.kept)
     once = call.routes[0].length(call.grid) == call.cells  # else cells that a route skips have no gradient from it
     dlow = (low_rank.new_empty if once else low_rank.new_zeros)((call.parts, *low_rank.shape), dtype=call.dtype)
     for position, launch in enumerate(call.launches):

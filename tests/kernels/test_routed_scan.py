@@ -120,6 +120,26 @@ def test_triton_extremes(scale, bias, small_blocks, device):
     check_triton(Case(1, (4, 5), 3, 2, 1), torch.float32, device, change=change)
 
 
+@pytest.mark.parametrize("name", ["low_rank", "A"])
+def test_triton_with_one_tensor_in_float64(name, small_blocks, device):
+    def change(inputs):
+        return {**inputs, name: inputs[name].double()}
+
+    check_triton(Case(1, (3, 5), 4, 2, 2, BIDIRECTIONAL), torch.float32, device, change=change)
+
+
+def test_triton_keeps_a_bad_column_to_its_route(small_blocks, device):
+    """A C that is NaN spoils one cell of y and nothing after it; C's column lies beside those of Δ."""
+    case = Case(1, (1, 9), 3, 1, 2, (ROW,))
+    inputs = make_inputs(case, torch.float32, device)
+    want = gpu.forward(*inputs.values(), case.routes)
+    inputs["low_rank"][0, 0, 4, 3] = float("nan")
+    have = gpu.forward(*inputs.values(), case.routes)
+    assert not have[0, 0, 4].isfinite().any()
+    kept = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert torch.equal(have[:, :, kept], want[:, :, kept])
+
+
 def test_triton_in_float64(small_blocks, device):
     check_triton(Case(1, (3, 5), 4, 2, 2, BIDIRECTIONAL), torch.float64, device, values=1e-12, gradients=1e-12)
 

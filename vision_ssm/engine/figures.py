@@ -1,4 +1,4 @@
-"""Pictures of a run: loss curves and label maps over the image."""
+"""Pictures of a run, loss curves and label maps over the image, and of a benchmark."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -8,6 +8,7 @@ backbone, so a convolutional or an identity-mixer encoder gives the control expe
 
 import difflib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import timm
@@ -73,7 +74,7 @@ class SSMUNet(nn.Module):
                 f"1/{reductions[-1] // 2}); got {len(widths)} decoder_channels {widths}"
             )
         self.image_levels = image_levels(in_channels, widths[:missing])
-        self.lateral = nn.ModuleList(lateral(*pair) for pair in zip(channels, widths[missing:], strict=False))
+        self.lateral = nn.ModuleList(lateral(*pair) for pair in zip(channels[:-1], widths[missing:], strict=True))
         self.up = nn.ModuleList(up(*pair) for pair in zip((*widths[1:], channels[-1]), widths, strict=True))
         self.heads = nn.ModuleList(
             nn.Conv2d(width, out_channels, kernel_size=1) for width in (widths if deep_supervision else widths[:1])
@@ -157,7 +158,7 @@ def image_levels(in_channels: int, widths: Sequence[int]) -> nn.ModuleList:
     """Convolution blocks for the levels 1/1, 1/2, ... that the backbone lacks; each halves the one before."""
     return nn.ModuleList(
         UnetrBasicBlock(2, before, width, kernel_size=3, stride=1 if level == 0 else 2, norm_name=INSTANCE_NORM)
-        for level, (before, width) in enumerate(zip((in_channels, *widths), widths, strict=False))
+        for level, (before, width) in enumerate(pairwise((in_channels, *widths)))
     )
 
 
