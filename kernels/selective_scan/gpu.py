@@ -1,6 +1,7 @@
 """Selective scan on the GPU, in Triton: chunks of the sequence by an associative scan, the state carried across.
 
-The functions ``softplus``, ``advance`` and ``retreat`` do one chunk. A chunk is a tile of L steps, D channels and N states. Rows past the end have Δ = 0, so that they keep the state.
+The functions ``softplus``, ``advance`` and ``retreat`` do one chunk. A chunk is a tile of L steps, D channels and N
+states. Rows past the end have Δ = 0, so that they keep the state.
 """
 
 import torch
