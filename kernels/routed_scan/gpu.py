@@ -1,533 +1,28 @@
-"""Routed scan on the GPU, in Triton: no route is materialised and Δ is never written.
+"""Routed scan on the GPU: launches the Triton kernels of ``kernels.py`` over the plan of ``plan.py``.
 
-Every route is cut into runs of consecutive steps along its fastest axis. A program walks the runs of one tile, step by
-step and side by side, so that a step is a tile [M runs, D channels] in the layout of the tensor cores that project Δ:
-the recurrence needs neither an associative scan nor an exchange between threads. Three kernels make an operator,
-
-1. ``summary``: what each run does to a state, h -> exp(A ΣΔ) h + state, with nothing carried in;
-2. ``carry``: the states after each run, scanned from run to run;
-3. ``apply`` (and ``gradient``): the runs once more, now with the state that comes in.
-
-A cell's address is arithmetic in the step (``Route.affine``), so image size is no constant and nothing recompiles for a
-new one. Routes that are each other's reverse share their runs, and one program walks them both ways; others that
-share cells follow one launch after the other. All add to a float32 map: no atomics, so that two runs agree bit for bit.
-Exponentials are to the base 2, the one that the hardware has: Δ is kept as Δ log2(e).
+What a call needs besides its tensors is worked out once for each signature and kept, since small maps are done faster
+than a CPU works it out.
 """
 
 import math
-from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..checks import compute_dtype
-from ..routes import Route, Routes
-from ..selective_scan.gpu import TRITON_DTYPE, compose
+from ..routes import Routes
+from ..selective_scan.gpu import TRITON_DTYPE
+from .kernels import apply_kernel, carry_kernel, gradient_kernel, summary_kernel
+from .plan import AXES, FIELDS, Plan, ceil_div, launches, plan
 
-_AXES = 3
-_FIELDS = 10
-_SIZES = ["BATCH", "CELLS", "RUNS", "RANK", "COLUMNS"]  # sizes and flags that no kernel is compiled for
-_LAUNCH = ["ROW", "ROUTES", "ADD", "LAST"]
-_LOG2E = tl.constexpr(math.log2(math.e))
-_LN2 = tl.constexpr(math.log(2))
+_PROGRAMS = 4096
+"""Programs that fill a GPU; with fewer, runs are cut shorter."""
 
-
-@triton.jit
-def softplus2(x, COARSE: tl.constexpr):
-    """log2(1 + 2^x), by max(x, 0) + e P(e) with e = 2^-|x| and P a fit of log2(1 + e) / e on [0, 1].
-
-    The relative error of P is 1.0e-5 (``COARSE``, for half-precision maps) or 1.5e-7; float64 takes the logarithm.
-    """
-    e = tl.exp2(-tl.abs(x))
-    if x.dtype == tl.float64:
-        one = 1 + e
-        low = one - 1
-        tail = tl.where(low == 0, _LOG2E * e, tl.log2(one) * (e / tl.where(low == 0, 1, low)))
-        return tl.maximum(x, 0.0) + tail
-    if COARSE:
-        p = 0.144073083 - 0.03366616 * e
-        p = p * e - 0.301280044
-        p = p * e + 0.46852615
-        p = p * e - 0.72034125
-        p = p * e + 1.44268108
-    else:
-        p = 0.00736614965 * e - 0.0418265521
-        p = p * e + 0.111636808
-        p = p * e - 0.196070916
-        p = p * e + 0.275140838
-        p = p * e - 0.3582781
-        p = p * e + 0.480676186
-        p = p * e - 0.721339379
-        p = p * e + 1.44269499
-    return p * e + tl.maximum(x, 0.0)
-
-
-@triton.jit
-def product(a, b, ACC: tl.constexpr):
-    """a b on the tensor cores: half-precision operands as they are, float32 in three TF32 products."""
-    if a.dtype == tl.float64:
-        return tl.sum(a[:, :, None] * b[None, :, :], axis=1)
-    return tl.dot(a, b, input_precision="tf32x3", out_dtype=ACC)
-
-
-@triton.jit
-def tail(m, BLOCK_N: tl.constexpr):
-    """Room for the states as last axis; a single state has no axis of its own, which keeps its tiles [M, D]."""
-    return m if BLOCK_N == 1 else tl.expand_dims(m, -1)
-
-
-@triton.jit
-def over_states(m, BLOCK_N: tl.constexpr):
-    """Sum over the states."""
-    return m if BLOCK_N == 1 else tl.sum(m, axis=2)
-
-
-@triton.jit
-def states_from(first, BLOCK_N: tl.constexpr):
-    """Offsets of BLOCK_N states."""
-    return first if BLOCK_N == 1 else first + tl.arange(0, BLOCK_N)
-
-
-@triton.jit
-def with_states(mask, o_n, STATE, BLOCK_N: tl.constexpr):
-    """A mask, extended to the states that there are."""
-    return mask if BLOCK_N == 1 else tl.expand_dims(mask, -1) & (o_n < STATE)
-
-
-@triton.jit
-def runs_of(table, row, o_m, BATCH, CELLS, FIELDS: tl.constexpr):
-    """For runs ``o_m`` of a route, counted over the batch: first cell, number of steps, place among the sample's runs;
-    then of the route: runs in a sample, most steps in a run, cells that a step moves.
-
-    The table's row of a route: sizes of the two faster axes, cells moved by a step along each axis, first cell, runs in
-    a sample, steps in a run, whether it is reversed, index. A reversed route walks the same runs from their ends.
-    """
-    table += row * FIELDS
-    size1, size2 = tl.load(table).to(tl.int32), tl.load(table + 1).to(tl.int32)
-    step0, step1, step2 = tl.load(table + 2), tl.load(table + 3), tl.load(table + 4)
-    runs, length = tl.load(table + 6).to(tl.int32), tl.load(table + 7).to(tl.int32)
-    pieces = tl.cdiv(size2, length)
-    sample = o_m // runs
-    place = o_m - sample * runs
-    line = place // pieces
-    left = (place - line * pieces) * length
-    slow = line // size1
-    cell = (
-        sample.to(tl.int64) * CELLS + tl.load(table + 5) + slow * step0 + (line - slow * size1) * step1 + left * step2
-    )
-    steps = tl.where(sample < BATCH, tl.minimum(size2 - left, length), 0)
-    return cell, steps, place, runs, length, step2
-
-
-@triton.jit
-def enter(
-    table, row, start, steps, stride, weight, bias, A, o_d, o_n, CHANNELS, STATE, RANK,
-    FIELDS: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """What it takes to walk a route over the runs that begin at cells ``start``: its index, its direction (1 or -1),
-    its first cells and step; projection [R, D] and bias [D] of Δ log2(e), and A [1, D] or [1, D, N].
-    """
-    table += row * FIELDS
-    k, ahead = tl.load(table + 9).to(tl.int32), 1 - 2 * tl.load(table + 8).to(tl.int32)
-    cell = start + tl.where(ahead < 0, steps - 1, 0) * stride
-    o_r = tl.arange(0, BLOCK_R)
-    o_kd, m_d = k * CHANNELS + o_d, o_d < CHANNELS
-    w = tl.load(weight + o_kd[None, :] * RANK + o_r[:, None], (o_r < RANK)[:, None] & m_d[None, :], 0.0)
-    shift = tl.load(bias + o_kd, m_d, 0.0).to(ACC) * _LOG2E
-    decay = tl.load(A + tail(o_kd * STATE, BLOCK_N) + o_n, with_states(m_d, o_n, STATE, BLOCK_N), 0.0).to(ACC)
-    return k, ahead, cell, stride * ahead, (w.to(ACC) * _LOG2E).to(DTYPE), shift, tl.expand_dims(decay, 0)
-
-
-@triton.jit
-def read(x, low_rank, cell, m_t, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Of one step: x [M, D], the columns [M, R] of Δ, B and C.
-
-    Called one step ahead, so that the loads are under way while the step before is computed. The columns are loaded
-    as wide as they lie and cleared after those of Δ: a weight of 0 would not keep a NaN of another column out.
-    """
-    o_r = tl.arange(0, BLOCK_R)
-    columns, column = COLUMNS // ALIGN * ALIGN, column // ALIGN * ALIGN  # as they are; the compiler sees the factor
-    rows = cell * columns + column
-    m_r = o_r < columns - column
-    o_b, m_b = tail(rows + RANK, BLOCK_N) + o_n, with_states(m_t, o_n, STATE, BLOCK_N)
-    u = tl.load(x + cell[:, None] * CHANNELS + o_d[None, :], m_t[:, None] & (o_d < CHANNELS)[None, :], 0.0)
-    low = tl.load(low_rank + rows[:, None] + o_r[None, :], m_t[:, None] & m_r[None, :], 0.0)
-    low = tl.where((o_r < RANK)[None, :], low, 0.0).to(low.dtype)
-    return u, low, tl.load(low_rank + o_b, m_b, 0.0), tl.load(low_rank + o_b + STATE, m_b, 0.0)
-
-
-@triton.jit
-def read_back(x, low_rank, dy, kept, cell, m_t, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """As ``read``, and the gradient by y and the state before the step."""
-    u, low, b, c = read(
-        x, low_rank, cell, m_t, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
-    )
-    mask = m_t[:, None] & (o_d < CHANNELS)[None, :]
-    return u, low, b, c, tl.load(dy + cell[:, None] * CHANNELS + o_d[None, :], mask, 0.0), tl.load(kept)
-
-
-@triton.jit
-def step_size(low, m_t, w, shift, COARSE: tl.constexpr, ACC: tl.constexpr):
-    """Δ log2(e) [M, D] before softplus and after it; 0 where the mask ends: such a step keeps the state."""
-    raw = product(low, w, ACC) + shift[None, :]
-    return raw, tl.where(m_t[:, None], softplus2(raw, COARSE), 0.0)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def summary_kernel(
-    x, dy, low_rank, weight, bias, A, table, total, state, adjoint, dD,
-    BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS,
-    FIELDS: tl.constexpr, ALIGN: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Of each run: ΣΔ, the state it leaves behind with none before it and, if ``dy`` is given, the gradient that it
-    sends back with none after it (all steps weighted by the decay up to them, so that one walk serves both) and dD."""
-    blocks = tl.cdiv(CHANNELS, BLOCK_D)
-    row, part = tl.program_id(1), tl.program_id(0) // blocks
-    o_d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    o_m = part * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(2) * BLOCK_N
-    o_n = states_from(first, BLOCK_N)
-    m_d = o_d < CHANNELS
-    start, steps, _place, _runs, length, stride = runs_of(table, row, o_m, BATCH, CELLS, FIELDS)
-    k, _ahead, cell, step, w, shift, decay = enter(
-        table, row, start, steps, stride, weight, bias, A, o_d, o_n, CHANNELS, STATE, RANK,
-        FIELDS, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N,
-    )  # fmt: skip
-    column = k * (RANK + 2 * STATE)
-    s = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    sum_D = s
-    h = tail(s, BLOCK_N) * decay
-    p, g = h + 1, h
-    m_next = steps > 0
-    u_next, low_next, b_next, c_next = read(
-        x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
-    )
-    for t in range(length):
-        m_t, u, low = m_next, u_next.to(ACC), low_next
-        b, c = tl.expand_dims(b_next.to(ACC) * _LN2, 1), tl.expand_dims(c_next.to(ACC), 1)
-        if dy is not None:
-            mask = m_t[:, None] & m_d[None, :]
-            dout = tl.load(dy + cell[:, None] * CHANNELS + o_d[None, :], mask, 0.0).to(ACC)
-        cell += step
-        m_next = t + 1 < steps
-        u_next, low_next, b_next, c_next = read(
-            x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
-        )
-        _raw, dt = step_size(low, m_t, w, shift, COARSE, ACC)
-        a = tl.exp2(tail(dt, BLOCK_N) * decay)
-        h = a * h + tail(dt * u, BLOCK_N) * b
-        s += dt
-        if dy is not None:
-            p *= a
-            g += p * (tail(dout, BLOCK_N) * c)
-            sum_D += dout * u
-
-    run = row * RUNS.to(tl.int64) + o_m
-    m_md = (steps > 0)[:, None] & m_d[None, :]
-    o_s = tail(run[:, None] * STATE * CHANNELS + o_d[None, :], BLOCK_N) + o_n * CHANNELS
-    m_s = with_states(m_md, o_n, STATE, BLOCK_N)
-    tl.store(state + o_s, h, m_s)
-    if dy is not None:
-        tl.store(adjoint + o_s, g, m_s)
-    if first == 0:
-        tl.store(total + run[:, None] * CHANNELS + o_d[None, :], s, m_md)
-        if dy is not None:
-            o_p = (part * tl.num_programs(1) + k).to(tl.int64) * CHANNELS + o_d
-            tl.store(dD + o_p, tl.sum(sum_D, axis=0), m_d)
-
-
-@triton.jit(do_not_specialize=["RUNS"])
-def carry_kernel(
-    total, state, adjoint, A, table, RUNS, CHANNELS, STATE,
-    FIELDS: tl.constexpr, ACC: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The states after each run, in place of those that it leaves alone; so the gradients, from the last run on."""
-    blocks = tl.cdiv(CHANNELS, BLOCK_D)
-    n, row = tl.program_id(0) // blocks % STATE, tl.program_id(1)
-    o_d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = o_d < CHANNELS
-    table += row * FIELDS
-    runs, back, k = tl.load(table + 6).to(tl.int32), tl.load(table + 8).to(tl.int32), tl.load(table + 9).to(tl.int32)
-    if tl.program_id(2) == 1:
-        state = adjoint
-        back = 1 - back
-    start = row * RUNS.to(tl.int64) + tl.program_id(0).to(tl.int64) // blocks // STATE * runs
-    decay = tl.load(A + (k * CHANNELS + o_d) * STATE + n, m_d, 0.0).to(ACC)
-    h = tl.zeros([BLOCK_D], ACC)
-    for chunk in range(tl.cdiv(runs, BLOCK_L)):
-        o_l = chunk * BLOCK_L + tl.arange(0, BLOCK_L)
-        mask = (o_l < runs)[:, None] & m_d[None, :]
-        run = start + tl.where(back == 1, runs - 1 - o_l, o_l)
-        a = tl.exp2(tl.load(total + run[:, None] * CHANNELS + o_d[None, :], mask, 0.0) * decay[None, :])
-        o_s = (run * STATE + n)[:, None] * CHANNELS + o_d[None, :]
-        a, b = tl.associative_scan((a, tl.load(state + o_s, mask, 0.0)), 0, compose)
-        after = a * h[None, :] + b
-        tl.store(state + o_s, after, mask)
-        h = tl.sum(tl.where((tl.arange(0, BLOCK_L) == BLOCK_L - 1)[:, None], after, 0.0), axis=0)
-
-
-@triton.jit(do_not_specialize=[*_SIZES, *_LAUNCH])
-def apply_kernel(
-    x, low_rank, weight, bias, A, D, table, state, partial, y,
-    BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS, ROW, ROUTES, ADD, LAST,
-    FIELDS: tl.constexpr, ALIGN: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t;  y_t = C_t h_t + D u_t   (arXiv:2401.10166, section 4.2)
-
-    For ROUTES routes over the same runs, one after the other. Adds what ``partial`` holds if ADD; stores the end to y
-    if this is the LAST launch, else to ``partial``.
-    """
-    blocks = tl.cdiv(CHANNELS, BLOCK_D)
-    o_d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    o_m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_d = o_d < CHANNELS
-    parts = tl.cdiv(STATE, BLOCK_N)
-    path = ROW + tl.program_id(1) * ROUTES
-    start, steps, place, runs, length, stride = runs_of(table, path, o_m, BATCH, CELLS, FIELDS)
-    for i in range(ROUTES * parts):
-        row = path + i // parts
-        o_n = states_from(i % parts * BLOCK_N, BLOCK_N)
-        k, ahead, cell, step, w, shift, decay = enter(
-            table, row, start, steps, stride, weight, bias, A, o_d, o_n, CHANNELS, STATE, RANK,
-            FIELDS, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N,
-        )  # fmt: skip
-        skip = tl.load(D + k * CHANNELS + o_d, o_d < tl.where(i % parts == 0, CHANNELS, 0), 0.0).to(ACC)
-        before = place - ahead
-        run = row * RUNS.to(tl.int64) + o_m - ahead
-        o_s = tail(run[:, None] * STATE * CHANNELS + o_d[None, :], BLOCK_N) + o_n * CHANNELS
-        m_s = ((steps > 0) & (before >= 0) & (before < runs))[:, None] & m_d[None, :]
-        h = tl.load(state + o_s, with_states(m_s, o_n, STATE, BLOCK_N), 0.0)
-        m_add = o_d < tl.where(ADD + i > 0, CHANNELS, 0)
-        last = (LAST > 0) & (i == ROUTES * parts - 1)
-
-        column = k * (RANK + 2 * STATE)
-        m_next = steps > 0
-        u_next, low_next, b_next, c_next = read(
-            x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
-        )
-        for t in range(length):
-            m_t, u, low = m_next, u_next.to(ACC), low_next
-            b, c = tl.expand_dims(b_next.to(ACC) * _LN2, 1), tl.expand_dims(c_next.to(ACC), 1)
-            offset = cell[:, None] * CHANNELS + o_d[None, :]
-            old = tl.load(partial + offset, m_t[:, None] & m_add[None, :], 0.0).to(ACC)
-            cell += step
-            m_next = t + 1 < steps
-            u_next, low_next, b_next, c_next = read(
-                x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
-            )
-            _raw, dt = step_size(low, m_t, w, shift, COARSE, ACC)
-            h = tl.exp2(tail(dt, BLOCK_N) * decay) * h + tail(dt * u, BLOCK_N) * b
-            out = (u * skip[None, :] + old) + over_states(h * c, BLOCK_N)
-            mask = m_t[:, None] & m_d[None, :]
-            if last:
-                tl.store(y + offset, out, mask)
-            else:
-                tl.store(partial + offset, out, mask)
-        tl.debug_barrier()  # what one thread stored, another may load for the next route
-
-
-@triton.jit(
-    do_not_specialize=["BATCH", "CELLS", "RUNS", "RANK", "COLUMNS", "K", "LONGEST", "ROW", "ROUTES", "ADD", "LAST"]
-)
-def gradient_kernel(
-    dy, x, low_rank, weight, bias, A, D, table, state, adjoint, history, partial, dx, dlow_rank, dweights,
-    BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS, K, LONGEST, ROW, ROUTES, ADD, LAST,
-    FIELDS: tl.constexpr, ALIGN: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """The gradients of ``apply_kernel``: a walk forward that keeps the states, and one back.
-
-    ``dx`` is as y there. ``dlow_rank`` is per block of channels; ``dweights``, (tiles, k, r + 1 + n, c), holds those by
-    dt_weight, dt_bias and A per tile of runs: the launcher adds them up in a fixed order.
-    """
-    blocks = tl.cdiv(CHANNELS, BLOCK_D)
-    block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    o_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    o_m = part * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_r = tl.arange(0, BLOCK_R)
-    m_d, m_r = o_d < CHANNELS, o_r < RANK
-    tile = BLOCK_M * BLOCK_D * BLOCK_N
-    o_h = tail(tl.arange(0, BLOCK_M)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :], BLOCK_N) * BLOCK_N
-    o_h += states_from(0, BLOCK_N)
-    history += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * LONGEST * tile
-    dlow_rank += block.to(tl.int64) * BATCH * CELLS * COLUMNS
-    parts = tl.cdiv(STATE, BLOCK_N)
-    path = ROW + tl.program_id(1) * ROUTES
-    start, steps, place, runs, length, stride = runs_of(table, path, o_m, BATCH, CELLS, FIELDS)
-    for i in range(ROUTES * parts):
-        row = path + i // parts
-        o_n = states_from(i % parts * BLOCK_N, BLOCK_N)
-        k, ahead, cell, step, w, shift, decay = enter(
-            table, row, start, steps, stride, weight, bias, A, o_d, o_n, CHANNELS, STATE, RANK,
-            FIELDS, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N,
-        )  # fmt: skip
-        skip = tl.load(D + k * CHANNELS + o_d, o_d < tl.where(i % parts == 0, CHANNELS, 0), 0.0).to(ACC)
-        o_w = (k * CHANNELS + o_d)[:, None] * RANK + o_r[None, :]
-        w_back = tl.load(weight + o_w, m_d[:, None] & m_r[None, :], 0.0).to(low_rank.dtype.element_ty)
-        before, after = place - ahead, place + ahead
-        run = row * RUNS.to(tl.int64) + o_m
-        o_s = tail(run[:, None] * STATE * CHANNELS + o_d[None, :], BLOCK_N) + o_n * CHANNELS
-        m_s = (steps > 0)[:, None] & m_d[None, :]
-        m_h = with_states(m_s & ((before >= 0) & (before < runs))[:, None], o_n, STATE, BLOCK_N)
-        m_g = with_states(m_s & ((after >= 0) & (after < runs))[:, None], o_n, STATE, BLOCK_N)
-        h = tl.load(state + o_s - ahead * STATE * CHANNELS, m_h, 0.0)
-        g = tl.load(adjoint + o_s + ahead * STATE * CHANNELS, m_g, 0.0)
-
-        column = k * (RANK + 2 * STATE)
-        m_next = steps > 0
-        u_next, low_next, b_next, c_next = read(
-            x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
-        )
-        for t in range(length):
-            m_t, u, low, b = m_next, u_next.to(ACC), low_next, tl.expand_dims(b_next.to(ACC) * _LN2, 1)
-            cell += step
-            m_next = t + 1 < steps
-            u_next, low_next, b_next, c_next = read(
-                x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
-            )
-            tl.store(history + t * tile + o_h, h)
-            _raw, dt = step_size(low, m_t, w, shift, COARSE, ACC)
-            h = tl.exp2(tail(dt, BLOCK_N) * decay) * h + tail(dt * u, BLOCK_N) * b
-        tl.debug_barrier()  # what one thread stored, another may load
-
-        sum_w = tl.zeros([BLOCK_R, BLOCK_D], ACC)
-        sum_A = h * 0
-        m_add = o_d < tl.where(ADD + i > 0, CHANNELS, 0)
-        m_more = o_r < tl.where(i % parts > 0, RANK, 0)
-        last = (LAST > 0) & (i == ROUTES * parts - 1)
-        cell -= step
-        m_next = length <= steps
-        u_next, low_next, b_next, c_next, dout_next, h_next = read_back(
-            x, low_rank, dy, history + (length - 1) * tile + o_h, cell, m_next, column, o_d, o_n,
-            CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N,
-        )  # fmt: skip
-        for i_back in range(length):
-            t = length - 1 - i_back
-            m_t, u, low, dout, h = m_next, u_next.to(ACC), low_next, dout_next.to(ACC), h_next.to(ACC)
-            b, c = tl.expand_dims(b_next.to(ACC) * _LN2, 1), tl.expand_dims(c_next.to(ACC), 1)
-            offset, rows = cell[:, None] * CHANNELS + o_d[None, :], cell * COLUMNS + column
-            old = tl.load(partial + offset, m_t[:, None] & m_add[None, :], 0.0).to(ACC)
-            cell -= step
-            m_next = (t - 1 < steps) & (steps * 0 < t)
-            u_next, low_next, b_next, c_next, dout_next, h_next = read_back(
-                x, low_rank, dy, history + tl.maximum(t - 1, 0) * tile + o_h, cell, m_next, column, o_d, o_n,
-                CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N,
-            )  # fmt: skip
-            raw, dt = step_size(low, m_t, w, shift, COARSE, ACC)
-
-            a = tl.exp2(tail(dt, BLOCK_N) * decay)
-            kept = a * h
-            g += tail(dout, BLOCK_N) * c
-            log_a = g * kept  # the gradient by Δ A
-            sum_A += log_a * tail(dt, BLOCK_N)
-            du = tail(dt * u, BLOCK_N)
-            dB = tl.sum(g * du, axis=1) * _LN2
-            dC = tl.sum(tail(dout, BLOCK_N) * (kept + du * b), axis=1)
-            db = over_states(g * b, BLOCK_N)
-            # b holds ln 2; the sigmoid, which is softplus's slope, is 2^(raw - dt)
-            draw = (over_states(log_a * decay, BLOCK_N) + db * u * _LOG2E) * tl.exp2(raw - dt)
-            draw = tl.where(m_t[:, None], draw, 0.0).to(low_rank.dtype.element_ty)
-            g *= a
-            out = (dout * skip[None, :] + old) + db * dt
-            mask = m_t[:, None] & m_d[None, :]
-            if last:
-                tl.store(dx + offset, out, mask)
-            else:
-                tl.store(partial + offset, out, mask)
-            dlow = product(draw, w_back, ACC)
-            o_low = rows[:, None] + o_r[None, :]
-            if BLOCK_N == 1:
-                dlow = tl.where(
-                    o_r[None, :] == RANK, dB[:, None], tl.where(o_r[None, :] == RANK + 1, dC[:, None], dlow)
-                )
-                tl.store(dlow_rank + o_low, dlow, m_t[:, None] & (o_r < RANK + 2)[None, :])
-            else:
-                o_b, m_b = tail(rows + RANK, BLOCK_N) + o_n, with_states(m_t, o_n, STATE, BLOCK_N)
-                tl.store(dlow_rank + o_b, dB, m_b)
-                tl.store(dlow_rank + o_b + STATE, dC, m_b)
-                dlow += tl.load(dlow_rank + o_low, m_t[:, None] & m_more[None, :], 0.0)
-                tl.store(dlow_rank + o_low, dlow, m_t[:, None] & m_r[None, :])
-            low = tl.where(o_r[None, :] == RANK, 1.0, low)  # a column of ones gives the bias's gradient
-            sum_w += product(tl.trans(low).to(draw.dtype), draw, ACC)
-
-        o_p = (part.to(tl.int64) * K + k) * (RANK + 1 + STATE) * CHANNELS
-        o_w = o_p + o_r[:, None] * CHANNELS + o_d[None, :]
-        sum_w += tl.load(dweights + o_w, (o_r < tl.where(i % parts > 0, RANK + 1, 0))[:, None] & m_d[None, :], 0.0)
-        tl.store(dweights + o_w, sum_w, (o_r < RANK + 1)[:, None] & m_d[None, :])
-        o_A = tail(o_p + (RANK + 1) * CHANNELS + o_d, BLOCK_N) + o_n * CHANNELS
-        tl.store(dweights + o_A, tl.sum(sum_A, axis=0) * _LN2, with_states(m_d, o_n, STATE, BLOCK_N))
-        tl.debug_barrier()
-
-
-class _Plan(NamedTuple):
-    """How a grid is walked: the routes' table, runs of a sample and steps of a run (at most, over the routes)."""
-
-    table: Tensor
-    runs: int
-    steps: int
-
-
-class _Launch(NamedTuple):
-    """Rows of the table that go together: ``groups`` x ``routes`` from ``first`` on, and whether they fill a map."""
-
-    first: int
-    groups: int
-    routes: int
-    full: bool
-
-
-def _path(route: Route) -> tuple[object, ...]:
-    """What a route and its reverse have in common."""
-    return route.axes, route.stride, route.offset
-
-
-@lru_cache(maxsize=256)
-def _order(routes: Routes) -> list[int]:
-    """The routes' indices, those of one path side by side."""
-    paths = [_path(route) for route in routes]
-    return sorted(range(len(routes)), key=lambda k: (paths.index(paths[k]), k))
-
-
-@lru_cache(maxsize=256)
-def _plan(routes: Routes, grid: tuple[int, ...], pieces: int, device: torch.device) -> _Plan:
-    rows = []
-    for k in _order(routes):
-        sizes, steps, first = replace(routes[k], reverse=False).affine(grid)
-        sizes, steps = (1,) * (_AXES - len(sizes)) + sizes, (0,) * (_AXES - len(steps)) + steps
-        length = triton.cdiv(sizes[2], max(1, min(pieces, sizes[2] // _SHORTEST)))
-        runs = sizes[0] * sizes[1] * triton.cdiv(sizes[2], length)
-        rows.append((*sizes[1:], *steps, first, runs, length, int(routes[k].reverse), k))
-    table = torch.tensor(rows, dtype=torch.int64, device=device)
-    return _Plan(table, max(row[6] for row in rows), max(row[7] for row in rows))
-
-
-@lru_cache(maxsize=256)
-def _launches(routes: Routes, grid: tuple[int, ...]) -> list[_Launch]:
-    """One launch per path; paths that share no cell go together."""
-    paths = [_path(routes[k]) for k in _order(routes)]
-    launches: list[_Launch] = []
-    members: list[tuple[object, ...]] = []
-    for path in dict.fromkeys(paths):
-        count = paths.count(path)
-        last = launches[-1] if launches else None
-        if last and last.routes == count and all(path[1] == other[1] and path[2] != other[2] for other in members):
-            members.append(path)
-            launches[-1] = last._replace(groups=last.groups + 1)
-        else:
-            members = [path]
-            launches.append(_Launch(paths.index(path), 1, count, False))
-    visited = routes[0].length(grid)
-    return [launch._replace(full=launch.groups * visited == math.prod(grid)) for launch in launches]
+_SCRATCH = {"forward": 160 * 2**20, "backward": 96 * 2**20}
+"""Bytes of scratch memory; a batch that needs more is done in parts."""
 
 
 def block_sizes(channels: int, state: int, rank: int, backward: bool) -> dict[str, int]:
@@ -545,17 +40,19 @@ def block_sizes(channels: int, state: int, rank: int, backward: bool) -> dict[st
     return {"BLOCK_M": 16, "BLOCK_D": block_d, "BLOCK_N": block_n, "BLOCK_R": block_r, "num_warps": warps}
 
 
-_PROGRAMS = 4096
-"""Programs that fill a GPU; with fewer, runs are cut shorter, down to about ``_SHORTEST`` steps."""
+class _Part(NamedTuple):
+    """A part of the batch: its samples, its plan, its tiles of runs and where they begin in the whole batch."""
 
-_SHORTEST = 8
-
-_SCRATCH = {"forward": 160 * 2**20, "backward": 96 * 2**20}
-"""Bytes of scratch memory; a batch that needs more is done in parts."""
+    samples: slice
+    plan: Plan
+    runs: int
+    tiles: int
+    first_tile: int
+    sizes: tuple[int, ...]
 
 
 class _Call:
-    """What the launches of a forward or a backward have in common; made once for each signature, see ``_call``."""
+    """What a forward or a backward needs besides its tensors."""
 
     def __init__(
         self,
@@ -568,96 +65,107 @@ class _Call:
         routes: Routes,
         backward: bool,
     ):
-        _, *grid, self.channels = shape
-        if len(grid) > _AXES:
-            raise ValueError(f"routed_scan on a GPU takes grids of at most {_AXES} axes; got the grid {tuple(grid)}")
+        batch, *grid, channels = shape
+        if len(grid) > AXES:
+            raise ValueError(f"routed_scan on a GPU takes grids of at most {AXES} axes; got the grid {tuple(grid)}")
         width = rank + 2 * state
-        self.routes, self.grid, self.cells = routes, tuple(grid), math.prod(grid)
-        self.state, self.rank, self.columns = state, rank, len(routes) * width
-        self.dtype, self.device = dtype, device
-        self.kept = (
-            dtype if dtype == torch.float64 else map_dtype
-        )  # of the states that backward keeps for its walk back
-        self.blocks = block_sizes(self.channels, state, rank, backward)
-        self.parts = triton.cdiv(self.channels, self.blocks["BLOCK_D"])
-        self.scratch = _SCRATCH["backward" if backward else "forward"]
-        self.launches = _launches(routes, self.grid)
-        self.full = all(launch.full for launch in self.launches)
+        self.count, self.state, self.channels, self.dtype = len(routes), state, channels, dtype
+        self.kept = dtype if dtype == torch.float64 else map_dtype  # the states that backward keeps on its way
+        self.weights = [self.count * channels * size for size in (rank, 1, state, 1)]  # of dt_weight, dt_bias, A, D
+        self.blocks = block_sizes(channels, state, rank, backward)
+        self.tiles_d = ceil_div(channels, self.blocks["BLOCK_D"])
         self.constants = {
-            "FIELDS": _FIELDS,
+            "FIELDS": FIELDS,
             "ALIGN": next(factor for factor in (8, 2, 1) if width % factor == 0),  # each is compiled anew
             "COARSE": map_dtype.itemsize == 2,
             "ACC": TRITON_DTYPE[dtype],
             **self.blocks,
         }
 
+        found = launches(routes, tuple(grid))
+        self.groups = max(launch.groups for launch in found)
+        self.full = all(launch.full for launch in found)
+        self.once = routes[0].length(grid) == math.prod(grid)
+        whole_state = state <= self.blocks["BLOCK_N"]
+        # Where each cell is visited once, programs store the result itself; else they add up on a partial map.
+        self.direct = len(found) == 1 and found[0].routes == 1 and whole_state
+        self.direct_low_rank = self.tiles_d == 1 and whole_state
+        self.launches = [
+            (
+                launch.groups,
+                (launch.first, launch.routes, int(position > 0 or not (self.full or self.direct))),
+                int(self.direct or (self.full and position == len(found) - 1)),
+            )
+            for position, launch in enumerate(found)
+        ]
+
+        cells = math.prod(grid)
+        lines = batch * cells // max(grid)
+        pieces = ceil_div(_PROGRAMS, ceil_div(lines, self.blocks["BLOCK_M"]) * self.tiles_d)
+        per_cell = channels * dtype.itemsize
+        if backward:
+            history = self.blocks["BLOCK_N"] * self.kept.itemsize * self.groups
+            per_cell += channels * history + self.count * width * self.tiles_d * dtype.itemsize
+        carried = self.count * channels * ((2 if backward else 1) * state + 1) * dtype.itemsize
+        needed = batch * (cells * per_cell + plan(routes, tuple(grid), pieces, device).runs * carried)
+        scratch = _SCRATCH["backward" if backward else "forward"]
+        size = ceil_div(batch, min(batch, ceil_div(needed, scratch)))
+        self.parts: list[_Part] = []
+        self.tiles = 0
+        for start in range(0, batch, size):
+            samples = slice(start, min(start + size, batch))
+            count = samples.stop - samples.start
+            lines = count * cells // max(grid)
+            pieces = ceil_div(_PROGRAMS, ceil_div(lines, self.blocks["BLOCK_M"]) * self.tiles_d)
+            walk = plan(routes, tuple(grid), pieces, device)
+            runs = count * walk.runs
+            sizes = count, cells, runs, channels, state, rank, self.count * width
+            self.parts.append(_Part(samples, walk, runs, ceil_div(runs, self.blocks["BLOCK_M"]), self.tiles, sizes))
+            self.tiles += self.parts[-1].tiles
+
     def operand(self, low_rank: Tensor) -> Tensor:
         """The low-rank maps as the product with dt_weight takes them: float64 goes with an accumulation in it."""
         return low_rank.to(self.dtype) if torch.float64 in (low_rank.dtype, self.dtype) else low_rank
 
-    def plan(self, batch: int) -> _Plan:
-        """Runs long enough to be worth a program, short enough to fill the GPU."""
-        longest = max(self.grid)
-        tiles = triton.cdiv(batch * self.cells // longest, self.blocks["BLOCK_M"]) * self.parts
-        return _plan(self.routes, self.grid, triton.cdiv(_PROGRAMS, tiles), self.device)
+    def result(self, like: Tensor) -> Tensor:
+        return torch.empty_like(like) if self.full else torch.zeros_like(like)
 
-    def slices(self, batch: int, bytes_per_sample: int, carries: int) -> list[slice]:
-        """The batch in equal parts whose scratch memory is bounded; ``carries`` is how many states a run keeps."""
-        run = len(self.routes) * self.channels * (carries * self.state + 1) * self.dtype.itemsize
-        needed = batch * (bytes_per_sample + self.plan(batch).runs * run)
-        size = triton.cdiv(batch, min(batch, max(1, triton.cdiv(needed, self.scratch))))
-        return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+    def partial(self, out: Tensor) -> Tensor:
+        """The map that routes add up on."""
+        if self.direct:
+            return out
+        return (out.new_empty if self.full else out.new_zeros)(out.shape, dtype=self.dtype)
 
     def carries(
         self,
-        plan: _Plan,
+        part: _Part,
         x: Tensor,
         dy: Tensor | None,
         low_rank: Tensor,
         dt_weight: Tensor,
         dt_bias: Tensor,
         A: Tensor,
-        dD: Tensor | None,
+        dweights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The states after each run, (k, runs, n, c), and, if ``dy`` is given, the gradients that each sends back."""
-        batch, count = x.shape[0], len(self.routes)
-        runs = batch * plan.runs
-        state = x.new_empty(count, runs, self.state, self.channels, dtype=self.dtype)
+        state = x.new_empty(self.count, part.runs, self.state, self.channels, dtype=self.dtype)
         adjoint = state if dy is None else torch.empty_like(state)
-        if plan.runs == 1 and dy is None:
+        if part.plan.runs == 1 and dy is None:
             return state, adjoint
-        total = x.new_empty(count, runs, self.channels, dtype=self.dtype)
-        sizes = batch, self.cells, runs, self.channels, self.state, self.rank, self.columns
-        tiles = triton.cdiv(runs, self.blocks["BLOCK_M"]) * self.parts
-        grid = tiles, count, triton.cdiv(self.state, self.blocks["BLOCK_N"])
+        total = x.new_empty(self.count, part.runs, self.channels, dtype=self.dtype)
+        grid = part.tiles * self.tiles_d, self.count, ceil_div(self.state, self.blocks["BLOCK_N"])
         summary_kernel[grid](
-            x, dy, low_rank, dt_weight, dt_bias, A, plan.table, total, state, adjoint, dD, *sizes, **self.constants
-        )
-        if plan.runs > 1:
-            block_l = 16 if plan.runs <= 512 else 128
-            grid = batch * self.state * triton.cdiv(self.channels, 32), count, 1 if dy is None else 2
+            x, dy, low_rank, dt_weight, dt_bias, A, part.plan.table, total, state, adjoint, dweights,
+            *part.sizes, **self.constants,
+        )  # fmt: skip
+        if part.plan.runs > 1:
+            block_l = 16 if part.plan.runs <= 512 else 128
+            grid = part.sizes[0] * self.state * ceil_div(self.channels, 32), self.count, 1 if dy is None else 2
             carry_kernel[grid](
-                total, state, adjoint, A, plan.table, runs, self.channels, self.state, FIELDS=_FIELDS,
-                ACC=self.constants["ACC"], BLOCK_L=block_l, BLOCK_D=32, num_warps=max(1, block_l // 16),
+                total, state, adjoint, A, part.plan.table, part.runs, self.channels, self.state,
+                FIELDS=FIELDS, ACC=self.constants["ACC"], BLOCK_L=block_l, BLOCK_D=32, num_warps=max(1, block_l // 16),
             )  # fmt: skip
         return state, adjoint
-
-    def partial(self, out: Tensor) -> Tensor:
-        """The map that routes add up on; where each cell is visited once, the result itself."""
-        if len(self.launches) == 1 and self.launches[0].routes == 1 and self.state <= self.blocks["BLOCK_N"]:
-            return out
-        shape = out.shape
-        return out.new_empty(shape, dtype=self.dtype) if self.full else out.new_zeros(shape, dtype=self.dtype)
-
-    def flags(self, position: int, partial: Tensor, out: Tensor) -> tuple[int, int, int, int]:
-        """First row and routes of a launch; whether it adds to the partial map and whether it stores the result."""
-        launch, only = self.launches[position], partial is out
-        return (
-            launch.first,
-            launch.routes,
-            int(position > 0 or not (self.full or only)),
-            int(only or (self.full and position == len(self.launches) - 1)),
-        )
 
 
 _cached_call = lru_cache(maxsize=1024)(_Call)
@@ -675,28 +183,32 @@ def forward(
     x, low_rank, dt_weight, dt_bias, A, D = (m.contiguous() for m in (x, low_rank, dt_weight, dt_bias, A, D))
     call = _call(x, dt_weight, A, routes, backward=False)
     low_rank = call.operand(low_rank)
-    y = torch.empty_like(x) if call.full else torch.zeros_like(x)
-    for part in call.slices(x.shape[0], call.cells * call.channels * call.dtype.itemsize, carries=1):
-        _forward(call, x[part], low_rank[part], dt_weight, dt_bias, A, D, y[part])
+    y = call.result(x)
+    for part in call.parts:
+        maps = (m[part.samples] for m in (x, low_rank, y))
+        _forward(call, part, *maps, dt_weight, dt_bias, A, D)
     return y
 
 
 def _forward(
-    call: _Call, x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, y: Tensor
+    call: _Call,
+    part: _Part,
+    x: Tensor,
+    low_rank: Tensor,
+    y: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
 ) -> None:
-    batch = x.shape[0]
-    plan = call.plan(batch)
-    runs = batch * plan.runs
-    state, _ = call.carries(plan, x, None, low_rank, dt_weight, dt_bias, A, None)
+    state, _ = call.carries(part, x, None, low_rank, dt_weight, dt_bias, A, None)
     partial = call.partial(y)
-    tiles = triton.cdiv(runs, call.blocks["BLOCK_M"]) * call.parts
-    sizes = batch, call.cells, runs, call.channels, call.state, call.rank, call.columns
-    for position, launch in enumerate(call.launches):
-        apply_kernel[tiles, launch.groups](
-            x, low_rank, dt_weight, dt_bias, A, D, plan.table, state, partial, y,
-            *sizes, *call.flags(position, partial, y), **call.constants,
+    for groups, flags, last in call.launches:
+        apply_kernel[part.tiles * call.tiles_d, groups](
+            x, low_rank, dt_weight, dt_bias, A, D, part.plan.table, state, partial, y,
+            *part.sizes, *flags, last, **call.constants,
         )  # fmt: skip
-    if not call.full and partial is not y:
+    if not call.launches[-1][-1]:
         y.copy_(partial)
 
 
@@ -707,54 +219,46 @@ def backward(
     dy, x, low_rank, dt_weight, dt_bias, A, D = (m.contiguous() for m in (dy, x, low_rank, dt_weight, dt_bias, A, D))
     weights = dt_weight, dt_bias, A, D
     call = _call(x, dt_weight, A, routes, backward=True)
-    dx = torch.empty_like(x) if call.full else torch.zeros_like(x)
-    dlow_rank = torch.empty_like(low_rank)
+    dx, dlow_rank = call.result(x), torch.empty_like(low_rank)
     low_rank = call.operand(low_rank)
-    history = call.blocks["BLOCK_N"] * call.kept.itemsize * max(launch.groups for launch in call.launches)
-    per_cell = call.channels * (history + call.dtype.itemsize) + call.columns * call.parts * call.dtype.itemsize
-    sums = [
-        _backward(call, dy[part], x[part], low_rank[part], *weights, dx[part], dlow_rank[part])
-        for part in call.slices(x.shape[0], call.cells * per_cell, carries=2)
-    ]
-    dweights, dD = sums[0] if len(sums) == 1 else (torch.stack(pieces).sum(0) for pieces in zip(*sums, strict=True))
-    dweight, dbias, dA = dweights.split([call.rank, 1, call.state], dim=1)
-    grads = dweight.transpose(1, 2), dbias.squeeze(1), dA.transpose(1, 2), dD
-    return dx, dlow_rank, *(grad.to(m.dtype).contiguous() for grad, m in zip(grads, weights, strict=True))
+    dweights = x.new_empty(call.tiles, sum(call.weights), dtype=call.dtype)
+    for part in call.parts:
+        maps = (m[part.samples] for m in (dy, x, low_rank, dx, dlow_rank))
+        _backward(call, part, *maps, dweights[part.first_tile :], *weights)
+    grads = dweights.split(call.weights, dim=1)
+    return dx, dlow_rank, *(grad.sum(0).view(m.shape).to(m.dtype) for grad, m in zip(grads, weights, strict=True))
 
 
 def _backward(
     call: _Call,
+    part: _Part,
     dy: Tensor,
     x: Tensor,
     low_rank: Tensor,
+    dx: Tensor,
+    dlow_rank: Tensor,
+    dweights: Tensor,
     dt_weight: Tensor,
     dt_bias: Tensor,
     A: Tensor,
     D: Tensor,
-    dx: Tensor,
-    dlow_rank: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Writes dx and dlow_rank of a part of the batch; returns its part of the parameters' gradients."""
-    batch, count = x.shape[0], len(call.routes)
-    plan = call.plan(batch)
-    runs = batch * plan.runs
-    tiles = triton.cdiv(runs, call.blocks["BLOCK_M"])
-    dD = x.new_empty(tiles, count, call.channels, dtype=call.dtype)
-    dweights = x.new_empty(tiles, count, call.rank + 1 + call.state, call.channels, dtype=call.dtype)
-    state, adjoint = call.carries(plan, x, dy, low_rank, dt_weight, dt_bias, A, dD)
+) -> None:
+    """Writes dx and dlow_rank of a part of the batch, and its rows of the parameters' gradients."""
+    state, adjoint = call.carries(part, x, dy, low_rank, dt_weight, dt_bias, A, dweights)
     partial = call.partial(dx)
-    sizes = batch, call.cells, runs, call.channels, call.state, call.rank, call.columns
-    groups = max(launch.groups for launch in call.launches)
-    step = call.blocks["BLOCK_M"] * call.blocks["BLOCK_D"] * call.blocks["BLOCK_N"]
-    history = x.new_empty(groups * tiles * call.parts * plan.steps * step, dtype=call.kept)
-    once = call.routes[0].length(call.grid) == call.cells  # else cells that a route skips have no gradient from it
-    dlow = (low_rank.new_empty if once else low_rank.new_zeros)((call.parts, *low_rank.shape), dtype=call.dtype)
-    for position, launch in enumerate(call.launches):
-        gradient_kernel[tiles * call.parts, launch.groups](
-            dy, x, low_rank, dt_weight, dt_bias, A, D, plan.table, state, adjoint, history, partial, dx, dlow, dweights,
-            *sizes, count, plan.steps, *call.flags(position, partial, dx), **call.constants,
+    tile = call.blocks["BLOCK_M"] * call.blocks["BLOCK_D"] * call.blocks["BLOCK_N"]
+    history = x.new_empty(call.groups * part.tiles * call.tiles_d * part.plan.steps * tile, dtype=call.kept)
+    dlow = dlow_rank
+    if not call.direct_low_rank:
+        dlow = x.new_empty(call.tiles_d, *low_rank.shape, dtype=call.dtype)
+    if not call.once:  # cells that a route skips have no gradient from it
+        dlow.zero_()
+    for groups, flags, last in call.launches:
+        gradient_kernel[part.tiles * call.tiles_d, groups](
+            dy, x, low_rank, dt_weight, dt_bias, A, D, part.plan.table, state, adjoint, history, partial, dx, dlow,
+            dweights, *part.sizes, call.count, part.plan.steps, *flags, last, **call.constants,
         )  # fmt: skip
-    if not call.full and partial is not dx:
+    if not call.launches[-1][-1]:
         dx.copy_(partial)
-    dlow_rank.copy_(dlow.sum(0))
-    return dweights.sum(0), dD.sum(0)
+    if dlow is not dlow_rank:
+        dlow_rank.copy_(dlow.sum(0))

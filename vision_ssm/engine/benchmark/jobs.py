@@ -5,7 +5,7 @@ so that a change of the machine's clock or load meets all of them alike.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
 from itertools import product
@@ -81,7 +81,10 @@ class Operator:
 
 @dataclass(frozen=True)
 class OperatorJob:
-    """Cases of one operator whose names match one of the patterns, forward and forward with backward."""
+    """Cases of one operator whose names match one of the patterns, forward and forward with backward.
+
+    On CUDA each is timed as it is called, the host's part included, and once more as a CUDA graph, without it.
+    """
 
     operator: str
     cases: tuple[str, ...]
@@ -95,16 +98,20 @@ class OperatorJob:
             case = operator.cases[name]
             inputs = operator.make_inputs(case, dtype, device)
             accuracy = operator.accuracy(case, inputs, torch.randn_like(operator.call(case, inputs)), direction)
-            yield {
-                "subject": self.operator,
-                "case": name,
-                "batch": case.batch,
-                "direction": direction,
-                "dtype": _name(dtype),
-                "layout": _name(torch.contiguous_format),
-                "timing": measure({name: operator.work(case, inputs, direction)}, device, seconds)[name],
-                "accuracy": accuracy,
-            }
+            work = {name: operator.work(case, inputs, direction)}
+            if device.type == "cuda":
+                work[f"{name}, CUDA graph"] = _captured(work[name])
+            for label, timing in measure(work, device, seconds).items():
+                yield {
+                    "subject": self.operator,
+                    "case": label,
+                    "batch": case.batch,
+                    "direction": direction,
+                    "dtype": _name(dtype),
+                    "layout": _name(torch.contiguous_format),
+                    "timing": timing if label == name else replace(timing, peak_mib=None),
+                    "accuracy": accuracy,
+                }
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,18 @@ class ModelJob:
                     "timing": timing,
                     "accuracy": None,
                 }
+
+
+def _captured(run: Callable[[], object]) -> Callable[[], object]:
+    """The work of ``run`` as a CUDA graph, whose memory is its own and is not counted."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def _create(name: str, size: int) -> nn.Module:

@@ -1,0 +1,86 @@
+"""How the GPU walks a grid: the routes as a table that kernels read, and which routes go together."""
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..routes import Route, Routes
+
+AXES = 3
+FIELDS = 10
+"""Columns of the table: sizes of the two faster axes, cells that a step moves along each of three axes, first cell,
+runs in a sample, steps in a run, whether the route is reversed, its index."""
+
+_SHORTEST = 8
+
+
+class Plan(NamedTuple):
+    """The routes' table (k, FIELDS); runs of a sample and steps of a run, at most over the routes."""
+
+    table: Tensor
+    runs: int
+    steps: int
+
+
+class Launch(NamedTuple):
+    """Rows of the table that go together: ``groups`` x ``routes`` from ``first`` on, and whether they fill the grid.
+
+    The routes of a group walk the same cells, and one program walks them all; groups share no cell.
+    """
+
+    first: int
+    groups: int
+    routes: int
+    full: bool
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+@lru_cache(maxsize=256)
+def plan(routes: Routes, grid: tuple[int, ...], pieces: int, device: torch.device) -> Plan:
+    """Cuts every line of the fastest axis into about ``pieces`` runs, none much shorter than ``_SHORTEST`` steps."""
+    rows = []
+    for k in _order(routes):
+        sizes, steps, first = replace(routes[k], reverse=False).affine(grid)
+        sizes, steps = (1,) * (AXES - len(sizes)) + sizes, (0,) * (AXES - len(steps)) + steps
+        length = ceil_div(sizes[2], max(1, min(pieces, sizes[2] // _SHORTEST)))
+        runs = sizes[0] * sizes[1] * ceil_div(sizes[2], length)
+        rows.append((*sizes[1:], *steps, first, runs, length, int(routes[k].reverse), k))
+    table = torch.tensor(rows, dtype=torch.int64, device=device)
+    return Plan(table, max(row[6] for row in rows), max(row[7] for row in rows))
+
+
+def launches(routes: Routes, grid: tuple[int, ...]) -> list[Launch]:
+    """One launch per path; paths that share no cell go together."""
+    paths = [_path(routes[k]) for k in _order(routes)]
+    found: list[Launch] = []
+    members: list[tuple[object, ...]] = []
+    for path in dict.fromkeys(paths):
+        count = paths.count(path)
+        last = found[-1] if found else None
+        if last and last.routes == count and all(path[1] == other[1] and path[2] != other[2] for other in members):
+            members.append(path)
+            found[-1] = last._replace(groups=last.groups + 1)
+        else:
+            members = [path]
+            found.append(Launch(paths.index(path), 1, count, False))
+    visited = routes[0].length(grid)
+    return [launch._replace(full=launch.groups * visited == math.prod(grid)) for launch in found]
+
+
+def _path(route: Route) -> tuple[object, ...]:
+    """What a route and its reverse have in common."""
+    return route.axes, route.stride, route.offset
+
+
+def _order(routes: Routes) -> list[int]:
+    """The routes' indices, those of one path side by side."""
+    paths = [_path(route) for route in routes]
+    return sorted(range(len(routes)), key=lambda k: (paths.index(paths[k]), k))
