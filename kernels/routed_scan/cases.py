@@ -34,8 +34,10 @@ CASES: dict[str, Case] = {
     "stage3": Case(128, (14, 14), 384, 1, 24),
     "stage4": Case(128, (7, 7), 768, 1, 48),
     "stage1_n16": Case(128, (56, 56), 96, 16, 6),
+    "stage1_1024px": Case(1, (1024, 1024), 96, 1, 6),
 }
-"""The stages are VMamba-T's at 224 px and batch 128, the first also with 16 states; the others are small."""
+"""The stages are VMamba-T's at 224 px and batch 128, the first also with 16 states and as a map of 1024 px; the others
+are small."""
 
 SMALL = tuple(name for name in CASES if not name.startswith("stage"))
 

@@ -26,13 +26,13 @@ _SCRATCH = {"forward": 160 * 2**20, "backward": 96 * 2**20}
 
 
 def block_sizes(channels: int, state: int, rank: int, backward: bool) -> dict[str, int]:
-    """Tile sizes and warps, as measured on an H200: a thread holds 8 or 16 channels of a step, with N states each."""
-    block_n = min(4 if backward else 16, triton.next_power_of_2(state))
+    """Tile sizes and warps, as measured on an H200: a thread holds 8 or 16 channels of a step, or of their states."""
+    block_n = min(8 if backward else 16, triton.next_power_of_2(state))
     block_r = max(16, triton.next_power_of_2(rank + 2))  # two columns of B and C, or of ones, beside those of Δ
-    if channels <= 16:
+    if block_n > 1:
+        block_d, warps = 16 if backward or channels <= 16 else 32, 4
+    elif channels <= 16:
         block_d, warps = 16, 1
-    elif block_n > 1:
-        block_d, warps = 32, 4
     elif block_r > (16 if backward else 32) and channels % 64 == 0:
         block_d, warps = 64, 4
     else:

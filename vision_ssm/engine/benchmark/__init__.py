@@ -23,6 +23,7 @@ class Suite:
 
 _BOTH_WIDTHS = (torch.float32, torch.bfloat16)
 _TINY = ("vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny", "vit_small_patch16_224")
+_LINEAR_AND_QUADRATIC = ("vmamba_tiny", "vit_small_patch16_224")
 
 SUITES: dict[str, Suite] = {
     "cpu": Suite(
@@ -32,7 +33,7 @@ SUITES: dict[str, Suite] = {
     ),
     "ops": Suite(
         (
-            OperatorJob("ss2d core", ("stage?", "stage1_n16"), (torch.float16, torch.bfloat16)),
+            OperatorJob("ss2d core", ("stage*",), (torch.float16, torch.bfloat16)),
             OperatorJob("selective_scan", ("vim_tiny",), _BOTH_WIDTHS),
         ),
         seconds=1,
@@ -42,15 +43,20 @@ SUITES: dict[str, Suite] = {
             ModelJob(_TINY, batch=128, autocast=torch.bfloat16),
             ModelJob(_TINY, batch=128, autocast=torch.bfloat16, compiled=True),
         ),
-        seconds=3,
+        seconds=1.5,
     ),
     "resolution": Suite(
-        tuple(
-            ModelJob(_TINY, batch=batch, size=size, autocast=torch.bfloat16, compiled=compiled)
-            for compiled in (False, True)
-            for size, batch in ((224, 128), (384, 32), (512, 32), (768, 8), (1024, 8), (1536, 2), (2048, 2))
+        (
+            *(
+                ModelJob(_TINY, batch=batch, size=size, autocast=torch.bfloat16)
+                for size, batch in ((224, 128), (384, 32), (512, 32), (768, 8), (1024, 8), (1536, 2), (2048, 2))
+            ),
+            *(
+                ModelJob(_LINEAR_AND_QUADRATIC, batch=batch, size=size, autocast=torch.bfloat16, compiled=True)
+                for size, batch in ((1024, 8), (1536, 2))
+            ),
         ),
-        seconds=1,
+        seconds=0.5,
     ),
     "smoke": Suite(
         (
