@@ -36,7 +36,7 @@ SUITES: dict[str, Suite] = {
             OperatorJob("ss2d core", ("stage*",), (torch.float16, torch.bfloat16)),
             OperatorJob("selective_scan", ("vim_tiny",), _BOTH_WIDTHS),
         ),
-        seconds=1,
+        seconds=0.5,
     ),
     "models": Suite(
         (
