@@ -1,7 +1,6 @@
 """Which backend runs the operators on which device, and why."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -24,26 +23,25 @@ def backend_report() -> str:
     return "\n".join(rows)
 
 
-@contextmanager
-def on_gpu(operator: str, device: torch.device) -> Iterator[ModuleType]:
-    """The Triton module of an operator, with ``device`` current and autocast off.
+@lru_cache
+def gpu_module(operator: str) -> ModuleType:
+    """The Triton module of an operator, imported on the first call: a machine without a GPU need not have Triton.
 
-    It is imported on the first call, since a machine without a GPU need not have Triton.
+    Its functions are called with the tensors' device current. They leave nothing to autocast: what they compute in
+    torch is in float32 or float64, which autocast keeps.
 
     Raises:
         RuntimeError: Triton is not installed.
     """
     try:
-        module = import_module(f".{operator}.gpu", __package__)
+        return import_module(f".{operator}.gpu", __package__)
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         raise RuntimeError(
-            f"{operator} on {device} needs Triton, which is not installed; run `pip install triton` "
+            f"{operator} on a GPU needs Triton, which is not installed; run `pip install triton` "
             "(`triton-windows` on Windows), or move the tensors to the CPU"
         ) from error
-    with torch.cuda.device(device), torch.autocast("cuda", enabled=False):
-        yield module
 
 
 def _gpu() -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def check_shape(op: str, name: str, tensor: Tensor, sizes: Mapping[str, int]) -> None:
     """Raises ValueError unless ``tensor`` has exactly the named ``sizes``."""
-    if tensor.dim() != len(sizes) or any(have != want for have, want in zip(tensor.shape, sizes.values(), strict=True)):
+    if tuple(tensor.shape) != tuple(sizes.values()):
         wanted = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ValueError(f"{op}: {name} must have shape ({wanted}); got {tuple(tensor.shape)}")
 

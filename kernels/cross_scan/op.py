@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import on_gpu
+from ..backends import gpu_module
 from ..checks import check_shape, check_tensors
 from ..routes import Routes, check_routes, decode, encode, index_table
 from . import cpu
@@ -77,8 +77,8 @@ def _scan(x: Tensor, routes: Sequence[int]) -> Tensor:
 @_scan.register_kernel("cuda")
 def _(x: Tensor, routes: Sequence[int]) -> Tensor:
     _check_scan(x)
-    with on_gpu("cross_scan", x.device) as gpu:
-        return gpu.cross_scan(x, decode(routes, x.dim() - 2))
+    with torch.cuda.device(x.device):
+        return gpu_module("cross_scan").cross_scan(x, decode(routes, x.dim() - 2))
 
 
 @_scan.register_fake
@@ -103,8 +103,8 @@ def _merge(y: Tensor, routes: Sequence[int], grid: Sequence[int]) -> Tensor:
 @_merge.register_kernel("cuda")
 def _(y: Tensor, routes: Sequence[int], grid: Sequence[int]) -> Tensor:
     _check_merge(y, routes, grid)
-    with on_gpu("cross_scan", y.device) as gpu:
-        return gpu.cross_merge(y, decode(routes, len(grid)), tuple(grid))
+    with torch.cuda.device(y.device):
+        return gpu_module("cross_scan").cross_merge(y, decode(routes, len(grid)), tuple(grid))
 
 
 @_merge.register_fake

@@ -127,6 +127,10 @@ class _Call:
         """The low-rank maps as the product with dt_weight takes them: float64 goes with an accumulation in it."""
         return low_rank.to(self.dtype) if torch.float64 in (low_rank.dtype, self.dtype) else low_rank
 
+    def cut(self, maps: tuple[Tensor, ...], part: _Part) -> tuple[Tensor, ...]:
+        """A part of each map; the maps themselves if it is all of them."""
+        return maps if len(self.parts) == 1 else tuple(m[part.samples] for m in maps)
+
     def result(self, like: Tensor) -> Tensor:
         return torch.empty_like(like) if self.full else torch.zeros_like(like)
 
@@ -185,8 +189,7 @@ def forward(
     low_rank = call.operand(low_rank)
     y = call.result(x)
     for part in call.parts:
-        maps = (m[part.samples] for m in (x, low_rank, y))
-        _forward(call, part, *maps, dt_weight, dt_bias, A, D)
+        _forward(call, part, *call.cut((x, low_rank, y), part), dt_weight, dt_bias, A, D)
     return y
 
 
@@ -223,10 +226,10 @@ def backward(
     low_rank = call.operand(low_rank)
     dweights = x.new_empty(call.tiles, sum(call.weights), dtype=call.dtype)
     for part in call.parts:
-        maps = (m[part.samples] for m in (dy, x, low_rank, dx, dlow_rank))
-        _backward(call, part, *maps, dweights[part.first_tile :], *weights)
-    grads = dweights.split(call.weights, dim=1)
-    return dx, dlow_rank, *(grad.sum(0).view(m.shape).to(m.dtype) for grad, m in zip(grads, weights, strict=True))
+        maps = call.cut((dy, x, low_rank, dx, dlow_rank), part)
+        _backward(call, part, *maps, dweights[part.first_tile :] if part.first_tile else dweights, *weights)
+    grads = torch.split_with_sizes_copy(dweights.sum(0), call.weights)
+    return dx, dlow_rank, *(grad.view(m.shape).to(m.dtype) for grad, m in zip(grads, weights, strict=True))
 
 
 def _backward(

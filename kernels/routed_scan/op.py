@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import on_gpu
+from ..backends import gpu_module
 from ..checks import check_shape, check_tensors
 from ..routes import Routes, check_routes, decode, encode, index_table
 from . import cpu
@@ -87,8 +87,8 @@ def _forward(*inputs: Any) -> Tensor:
 def _(*inputs: Any) -> Tensor:
     _check(*inputs)
     *tensors, routes = inputs
-    with on_gpu("routed_scan", tensors[0].device) as gpu:
-        return gpu.forward(*tensors, decode(routes, tensors[0].dim() - 2))
+    with torch.cuda.device(tensors[0].device):
+        return gpu_module("routed_scan").forward(*tensors, decode(routes, tensors[0].dim() - 2))
 
 
 @_forward.register_fake
@@ -116,8 +116,8 @@ def _backward(*inputs: Any) -> tuple[Tensor, ...]:
 @_backward.register_kernel("cuda")
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     *tensors, routes = inputs
-    with on_gpu("routed_scan", tensors[0].device) as gpu:
-        return gpu.backward(*tensors, decode(routes, tensors[0].dim() - 2))
+    with torch.cuda.device(tensors[0].device):
+        return gpu_module("routed_scan").backward(*tensors, decode(routes, tensors[0].dim() - 2))
 
 
 @_backward.register_fake

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import on_gpu
+from ..backends import gpu_module
 from ..checks import check_dtype, check_shape, check_tensors, compute_dtype
 from . import cpu
 
@@ -126,8 +126,8 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
 @_forward.register_kernel("cuda")
 def _(*inputs: Any) -> tuple[Tensor, Tensor]:
     _check(*inputs)
-    with on_gpu("selective_scan", inputs[0].device) as gpu:
-        return gpu.forward(*inputs)
+    with torch.cuda.device(inputs[0].device):
+        return gpu_module("selective_scan").forward(*inputs)
 
 
 @_forward.register_fake
@@ -151,8 +151,8 @@ def _backward(*inputs: Any) -> tuple[Tensor, ...]:
 
 @_backward.register_kernel("cuda")
 def _(*inputs: Any) -> tuple[Tensor, ...]:
-    with on_gpu("selective_scan", inputs[0].device) as gpu:
-        return gpu.backward(*inputs)
+    with torch.cuda.device(inputs[0].device):
+        return gpu_module("selective_scan").backward(*inputs)
 
 
 @_backward.register_fake
