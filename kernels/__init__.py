@@ -18,6 +18,7 @@ from .routes import (
     ROW_BACK,
     Route,
     Routes,
+    atrous,
     find_routes,
 )
 from .selective_scan.op import selective_scan
@@ -36,6 +37,7 @@ __all__ = [
     "ROW_BACK",
     "Route",
     "Routes",
+    "atrous",
     "backend_report",
     "cross_merge",
     "cross_scan",

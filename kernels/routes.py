@@ -25,6 +25,7 @@ __all__ = [
     "ROW_BACK",
     "Route",
     "Routes",
+    "atrous",
     "find_routes",
 ]
 
@@ -112,11 +113,22 @@ CROSS: Routes = (ROW, COLUMN, ROW_BACK, COLUMN_BACK)
 BIDIRECTIONAL: Routes = (ROW, ROW_BACK)
 """Vim (arXiv:2401.09417): rows, there and back."""
 
-ATROUS: Routes = tuple(
-    Route(axes, stride=2, offset=offset)
-    for axes, offset in (((0, 1), (0, 0)), ((1, 0), (1, 0)), ((0, 1), (0, 1)), ((1, 0), (1, 1)))
-)
-"""EfficientVMamba (arXiv:2403.09977): four interleaved sub-maps; every cell is visited once."""
+
+def atrous(stride: int) -> Routes:
+    """EfficientVMamba (arXiv:2403.09977): ``stride`` x ``stride`` interleaved sub-maps, each walked once.
+
+    Sub-maps that begin on an even row are walked row by row, the others column by column, as the paper does for 2 x 2.
+    Every cell is visited once, whatever the stride.
+    """
+    return tuple(
+        Route((0, 1) if row % 2 == 0 else (1, 0), stride=stride, offset=(row, column))
+        for column in range(stride)
+        for row in range(stride)
+    )
+
+
+ATROUS: Routes = atrous(2)
+"""EfficientVMamba's published routes: four sub-maps."""
 
 AXIAL_3D: Routes = tuple(
     Route(axes, reverse=reverse) for reverse in (False, True) for axes in ((0, 1, 2), (1, 2, 0), (2, 0, 1))

@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .converters import vmamba
+from .converters import efficient_vmamba, unwrapped, vmamba
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_CONVERTERS = (vmamba,)
+_CONVERTERS = (vmamba, efficient_vmamba)
 _CLASSIFIER = "head.fc.weight"
 
 
@@ -94,8 +94,7 @@ def _to_ours(source: Mapping[str, Any]) -> dict[str, Tensor]:
     for family in _CONVERTERS:
         if family.is_official(source):
             return family.convert(source)
-    inner = source.get("state_dict", source.get("model", source))
-    return {key: value for key, value in inner.items() if isinstance(value, Tensor)}
+    return {key: value for key, value in unwrapped(source).items() if isinstance(value, Tensor)}
 
 
 def misfits(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, list[str]]:

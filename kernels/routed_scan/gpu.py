@@ -1,10 +1,11 @@
-"""Routed scan on the GPU: launches the Triton kernels of ``kernels.py`` over the plan of ``plan.py``.
+"""Routed scan on the GPU: launches the Triton kernels of ``gpu_kernels.py`` over the plan of ``gpu_plan.py``.
 
 What a call needs besides its tensors is worked out once for each signature and kept, since small maps are done faster
 than a CPU works it out.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ from torch import Tensor
 from ..checks import compute_dtype
 from ..routes import Routes
 from ..selective_scan.gpu import TRITON_DTYPE
-from .kernels import apply_kernel, carry_kernel, gradient_kernel, summary_kernel
-from .plan import AXES, FIELDS, Plan, ceil_div, launches, plan
+from .gpu_kernels import apply_kernel, carry_kernel, gradient_kernel, summary_kernel
+from .gpu_plan import AXES, FIELDS, Plan, ceil_div, launches, plan
 
 _PROGRAMS = 4096
 """Programs that fill a GPU; with fewer, runs are cut shorter."""
@@ -127,7 +128,7 @@ class _Call:
         """The low-rank maps as the product with dt_weight takes them: float64 goes with an accumulation in it."""
         return low_rank.to(self.dtype) if torch.float64 in (low_rank.dtype, self.dtype) else low_rank
 
-    def cut(self, maps: tuple[Tensor, ...], part: _Part) -> tuple[Tensor, ...]:
+    def cut(self, maps: Sequence[Tensor], part: _Part) -> Sequence[Tensor]:
         """A part of each map; the maps themselves if it is all of them."""
         return maps if len(self.parts) == 1 else tuple(m[part.samples] for m in maps)
 
@@ -189,21 +190,15 @@ def forward(
     low_rank = call.operand(low_rank)
     y = call.result(x)
     for part in call.parts:
-        _forward(call, part, *call.cut((x, low_rank, y), part), dt_weight, dt_bias, A, D)
+        _forward(call, part, call.cut((x, low_rank, y), part), dt_weight, dt_bias, A, D)
     return y
 
 
 def _forward(
-    call: _Call,
-    part: _Part,
-    x: Tensor,
-    low_rank: Tensor,
-    y: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
+    call: _Call, part: _Part, maps: Sequence[Tensor], dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor
 ) -> None:
+    """Writes a part of the batch; ``maps`` are x, low_rank and y of it."""
+    x, low_rank, y = maps
     state, _ = call.carries(part, x, None, low_rank, dt_weight, dt_bias, A, None)
     partial = call.partial(y)
     for groups, flags, last in call.launches:
@@ -227,26 +222,23 @@ def backward(
     dweights = x.new_empty(call.tiles, sum(call.weights), dtype=call.dtype)
     for part in call.parts:
         maps = call.cut((dy, x, low_rank, dx, dlow_rank), part)
-        _backward(call, part, *maps, dweights[part.first_tile :] if part.first_tile else dweights, *weights)
-    grads = torch.split_with_sizes_copy(dweights.sum(0), call.weights)
+        _backward(call, part, maps, dweights[part.first_tile :] if part.first_tile else dweights, *weights)
+    grads: Sequence[Tensor] = torch.ops.aten.split_with_sizes_copy(dweights.sum(0), call.weights)
     return dx, dlow_rank, *(grad.view(m.shape).to(m.dtype) for grad, m in zip(grads, weights, strict=True))
 
 
 def _backward(
     call: _Call,
     part: _Part,
-    dy: Tensor,
-    x: Tensor,
-    low_rank: Tensor,
-    dx: Tensor,
-    dlow_rank: Tensor,
+    maps: Sequence[Tensor],
     dweights: Tensor,
     dt_weight: Tensor,
     dt_bias: Tensor,
     A: Tensor,
     D: Tensor,
 ) -> None:
-    """Writes dx and dlow_rank of a part of the batch, and its rows of the parameters' gradients."""
+    """Writes a part of the batch, and its rows of the parameters' gradients; ``maps`` are dy, x, low_rank, dx, dlow."""
+    dy, x, low_rank, dx, dlow_rank = maps
     state, adjoint = call.carries(part, x, dy, low_rank, dt_weight, dt_bias, A, dweights)
     partial = call.partial(dx)
     tile = call.blocks["BLOCK_M"] * call.blocks["BLOCK_D"] * call.blocks["BLOCK_N"]

@@ -1,14 +1,20 @@
 """Checkpoints of other projects to our layout: one module per family, tables and pure functions."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 Value = TypeVar("Value")
+Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 
 
-def rename_keys(source: Mapping[str, Value], renames: Sequence[tuple[str, str]]) -> dict[str, Value]:
-    """Applies the regular expressions ``renames`` in order to every key.
+def unwrapped(source: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict in a checkpoint: what stands under "model" or "state_dict", or the checkpoint itself."""
+    return source.get("model", source.get("state_dict", source))
+
+
+def rename_keys(source: Mapping[str, Value], renames: Sequence[Rename]) -> dict[str, Value]:
+    """Applies the regular expressions ``renames`` in order to every key, each with a replacement as of ``re.sub``.
 
     Raises:
         ValueError: two keys end up with the same name.

@@ -6,9 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-from . import rename_keys
+from . import rename_keys, unwrapped
 
 DIRECTIONS = 4
+
+SS2D = (
+    (r"\.op\.x_proj_weight$", ".mixer.scan.x_proj.weight"),
+    (r"\.op\.dt_projs_(weight|bias)$", r".mixer.scan.dt_\1"),
+    (r"\.op\.A_logs$", ".mixer.scan.A_log"),
+    (r"\.op\.Ds$", ".mixer.scan.D"),
+    (r"\.op\.out_norm\.", ".mixer.norm."),
+    (r"\.op\.conv2d\.", ".mixer.conv."),
+    (r"\.op\.", ".mixer."),
+)
 
 RENAMES = (
     # older spelling, still found in released files
@@ -28,13 +38,7 @@ RENAMES = (
     (r"\.downsample\.1\.", ".downsample.0."),
     (r"\.downsample\.3\.", ".downsample.1."),
     (r"(\.blocks\.\d+)\.norm\.", r"\1.norm1."),
-    (r"\.op\.x_proj_weight$", ".mixer.scan.x_proj.weight"),
-    (r"\.op\.dt_projs_(weight|bias)$", r".mixer.scan.dt_\1"),
-    (r"\.op\.A_logs$", ".mixer.scan.A_log"),
-    (r"\.op\.Ds$", ".mixer.scan.D"),
-    (r"\.op\.out_norm\.", ".mixer.norm."),
-    (r"\.op\.conv2d\.", ".mixer.conv."),
-    (r"\.op\.", ".mixer."),
+    *SS2D,
     (r"^classifier\.norm\.", "norm."),
     (r"^classifier\.head\.", "head.fc."),
 )
@@ -42,16 +46,19 @@ RENAMES = (
 
 def is_official(source: Mapping[str, Any]) -> bool:
     """Whether ``source`` is laid out as the official project does."""
-    return any(key.startswith("patch_embed.") for key in source.get("model", source))
+    keys = unwrapped(source).keys()
+    foreign = any(".conv_branch." in key for key in keys)  # EfficientVMamba
+    return not foreign and any(re.search(r"\.(op|self_attention)\.", key) for key in keys)
 
 
 def convert(source: Mapping[str, Any]) -> dict[str, Tensor]:
     """Official state dict, or the dictionary around it, to ours. Pure: the result shares the tensors' memory."""
-    renamed = rename_keys(source.get("model", source), RENAMES)
-    return {name: _reshape(name, value) for name, value in renamed.items()}
+    renamed = rename_keys(unwrapped(source), RENAMES)
+    return {name: reshaped(name, value) for name, value in renamed.items()}
 
 
-def _reshape(name: str, value: Tensor) -> Tensor:
+def reshaped(name: str, value: Tensor) -> Tensor:
+    """A tensor of the official project in the shape that ours has under ``name``."""
     if name.endswith("scan.x_proj.weight"):
         return value.flatten(0, 1) if value.dim() == 3 else value  # (k, r + 2n, e) -> (k*(r + 2n), e)
     if name.endswith(("scan.A_log", "scan.D")):

@@ -2,11 +2,12 @@
 
 import timm
 
+from .efficient_vmamba import EfficientVMamba
 from .vmamba import VMamba
 
-__all__ = ["FAMILIES", "VMamba", "list_models"]
+__all__ = ["FAMILIES", "EfficientVMamba", "VMamba", "list_models"]
 
-FAMILIES = ("vmamba",)
+FAMILIES = ("efficient_vmamba", "vmamba")
 """The modules of this package, as ``timm.list_models(module=...)`` names them."""
 
 

@@ -5,8 +5,7 @@ Weights: https://github.com/MzeroMiko/VMamba (MIT), converted by model_zoo/conve
 
 Differences from the release, none of which changes an output:
 
-- a stage begins with its down-sampling, so that it ends on the feature map that timm's feature API hands out;
-- maps are channels-last inside a stage, and NCHW (as a view) between stages;
+- the shell is that of ``hierarchy.py``: maps are channels-last inside a stage, which begins with its down-sampling;
 - only the two published block designs are kept: v2 (convolution stem, MLP, no gate) and v0 (patch stem, gate, no MLP).
 """
 
@@ -16,49 +15,34 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models.swin_transformer import PatchMerging
+from timm.layers import DropPath, Mlp
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vision_ssm.layers import SS2D, RoutedScan
+from vision_ssm.layers import SS2D
 from vision_ssm.layers.ss import Mixer
 from vision_ssm.model_zoo.converters import vmamba as upstream
 
-__all__ = ["VMamba"]
+from .hierarchy import Hierarchy, PatchMerging2d, Stage, drop_path_rates, norm2d, patch_stem
 
-_norm = partial(LayerNorm2d, eps=1e-5)
+__all__ = ["VMamba"]
 
 
 def conv_stem(in_chans: int, dim: int) -> nn.Module:
     """v2: two convolutions of stride 2; (b, 3, h, w) -> (b, c, ceil(h / 4), ceil(w / 4))."""
     return nn.Sequential(
         nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1),
-        _norm(dim // 2),
+        norm2d(dim // 2),
         nn.GELU(),
         nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
-        _norm(dim),
+        norm2d(dim),
     )
-
-
-def patch_stem(in_chans: int, dim: int) -> nn.Module:
-    """v0: patches of 4 x 4; rows and columns that do not fill a patch are dropped."""
-    return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4), _norm(dim))
 
 
 def conv_downsample(dim: int, out: int) -> nn.Module:
     """v2: a convolution of stride 2, odd sizes round up."""
-    return nn.Sequential(nn.Conv2d(dim, out, 3, stride=2, padding=1), _norm(out))
-
-
-class PatchMerging2d(PatchMerging):
-    """v0: Swin's patch merging on NCHW maps, odd sizes are padded with zeros."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return nn.Sequential(nn.Conv2d(dim, out, 3, stride=2, padding=1), norm2d(out))
 
 
 class VSSBlock(nn.Module):
@@ -79,23 +63,7 @@ class VSSBlock(nn.Module):
         return x
 
 
-class VSSStage(nn.Module):
-    """Down-sampling and blocks; (b, c, h, w) -> (b, c', h', w')."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[VSSBlock]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
-        return x.permute(0, 3, 1, 2)
-
-
-class VMamba(nn.Module):
+class VMamba(Hierarchy):
     """Stem, four stages of VSS blocks, norm, pooling, classifier.
 
     Args:
@@ -139,124 +107,26 @@ class VMamba(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
         if len(depths) != len(dims):
             raise ValueError(f"depths and dims must have one entry a stage; got {depths} and {dims}")
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**stage, "module": f"stages.{stage}"} for stage, dim in enumerate(dims)
-        ]
         make_mixer = partial(SS2D, state=state, expand=expand, mixer=mixer, gate=gate, conv_bias=gate)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
-
-        self.stem = stem(in_chans, dims[0])
+        rates = drop_path_rates(depths, drop_path_rate)
+        first = stem(in_chans, dims[0])
         stages = []
         for stage, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             step = downsample(dims[stage - 1], dim) if stage else nn.Identity()
             blocks = [
                 VSSBlock(dim, make_mixer=make_mixer, mlp_ratio=mlp_ratio, drop_path=next(rates)) for _ in range(depth)
             ]
-            stages.append(VSSStage(step, blocks))
-        self.stages = nn.Sequential(*stages)
-        self.norm: nn.Module = _norm(self.num_features)
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
-        self.apply(_init_weights)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith((".A_log", ".D", ".dt_bias"))}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks: Any = r"^stages\.(\d+)"
-        if not coarse:
-            blocks = [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ]
-        return {"stem": r"^stem", "blocks": blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for module in self.modules():
-            if isinstance(module, VSSStage):
-                module.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New classifier with ``num_classes`` outputs; 0 for none, ``global_pool=""`` for maps."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps after the stages ``indices`` (all by default; the last n for an int), and the final features.
-
-        Args:
-            x: image, (b, in_chans, h, w).
-            indices: stages to return.
-            norm: apply the final norm to the last stage's map.
-            stop_early: leave out what comes after the last stage wanted.
-            output_fmt: "NCHW".
-            intermediates_only: return the list of maps alone.
-
-        Raises:
-            ValueError: another ``output_fmt``.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW'; got {output_fmt!r}. Permute the maps afterwards")
-        wanted, last = feature_take_indices(len(self.stages), indices)
-        stages = self.stages[: last + 1] if stop_early and not torch.jit.is_scripting() else self.stages
-        maps = []
-        x = self.stem(x)
-        for stage, module in enumerate(stages):
-            x = module(x)
-            if stage in wanted:
-                maps.append(self.norm(x) if norm and stage == len(self.stages) - 1 else x)
-        return maps if intermediates_only else (self.norm(x) if len(stages) == len(self.stages) else x, maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the stages ``indices`` do not need; returns them."""
-        wanted, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return wanted
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.norm(self.stages(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _init_weights(module: nn.Module) -> None:
-    """As released: linear layers truncated normal; the projections inside a scan keep their own initialisation."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, RoutedScan):  # children come first: undo the above inside a scan
-        module.reset_parameters()
+            stages.append(Stage(step, blocks))
+        super().__init__(
+            first,
+            stages,
+            dims,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+        )
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ Liu et al., "VMamba: Visual State Space Model", NeurIPS 2024, arXiv:2401.10166.
 # Shapes: b batch, h w grid, c channels, e inner channels, k routes, r rank of Δ, n state.
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -18,6 +18,32 @@ from vision_ssm.kernels import ATROUS, BIDIRECTIONAL, CROSS, Routes, routed_scan
 from .init import dt_bias_, s4d_real_
 
 Mixer = Callable[..., nn.Module]
+
+
+def pad_grid(x: Tensor, multiple: int) -> Tensor:
+    """Zeros at the end of each grid axis of (b, *grid, c), up to a multiple."""
+    if multiple == 1:
+        return x
+    grid = x.shape[1:-1]
+    if not torch.compiler.is_compiling():
+        return F.pad(x, (0, 0, *(pad for size in reversed(grid) for pad in (0, -size % multiple))))
+    # Written by indices, since torch's pad asks whether there is anything to pad: a compiled program would then serve
+    # only the sizes that answer alike.
+    for axis, size in enumerate(grid, start=1):
+        cells = torch.arange((size + multiple - 1) // multiple * multiple, device=x.device)
+        inside = (cells < size).view(-1, *(1,) * (x.dim() - axis - 1))
+        x = torch.where(inside, x.index_select(axis, cells.clamp(max=size - 1)), 0.0)
+    return x
+
+
+def crop_grid(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """The first cells of each grid axis of (b, *grid, c); as ``pad_grid``, it does not ask what there is to crop."""
+    if not torch.compiler.is_compiling():
+        kept = (slice(None), *(slice(size) for size in grid))
+        return x[kept]
+    for axis, size in enumerate(grid, start=1):
+        x = x.index_select(axis, torch.arange(size, device=x.device))
+    return x
 
 
 class RoutedScan(nn.Module):
@@ -55,15 +81,11 @@ class RoutedScan(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = x.shape[1:-1]
-        if self.multiple > 1:
-            x = F.pad(x, (0, 0, *(pad for size in reversed(grid) for pad in (0, -size % self.multiple))))
+        x = pad_grid(x, self.multiple)
         low_rank = self.x_proj(x)  # one product for all routes: a projection per cell commutes with the visiting order
         A = -torch.exp(self.A_log)
         y = routed_scan(x, low_rank, self.dt_weight, self.dt_bias, A, self.D, self.routes)
-        if self.multiple > 1:
-            kept = (slice(None), *(slice(size) for size in grid))
-            y = y[kept]
-        return y
+        return y if self.multiple == 1 else crop_grid(y, grid)
 
     def extra_repr(self) -> str:
         return f"state={self.A_log.shape[-1]}, rank={self.dt_weight.shape[-1]}, routes={len(self.routes)}"

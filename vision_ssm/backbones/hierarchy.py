@@ -1,0 +1,187 @@
+"""The shell of hierarchical backbones: stem, stages that halve the map, norm, pooling, classifier.
+
+Maps are channels-last inside a stage, and NCHW (as a view) between stages. A stage begins with its down-sampling, so
+that it ends on the feature map that timm's feature API hands out.
+"""
+
+# Shapes: b batch, c channels, h w grid.
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, LayerNorm2d, trunc_normal_
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models.swin_transformer import PatchMerging
+from torch import Tensor, nn
+
+from vision_ssm.layers import RoutedScan, pad_grid
+
+__all__ = ["Hierarchy", "PatchMerging2d", "Stage", "drop_path_rates", "norm2d", "patch_stem"]
+
+norm2d = partial(LayerNorm2d, eps=1e-5)
+
+
+def patch_stem(in_chans: int, dim: int) -> nn.Module:
+    """Patches of 4 x 4; rows and columns that do not fill a patch are dropped."""
+    return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4), norm2d(dim))
+
+
+class PatchMerging2d(PatchMerging):
+    """Swin's patch merging on NCHW maps, odd sizes are padded with zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(pad_grid(x.permute(0, 2, 3, 1), 2)).permute(0, 3, 1, 2)
+
+
+def drop_path_rates(depths: Sequence[int], rate: float) -> Iterator[float]:
+    """Stochastic depth of every block in order: from 0 in the first linearly to ``rate`` in the last."""
+    return iter(torch.linspace(0, rate, sum(depths), device="cpu").tolist())
+
+
+class Stage(nn.Module):
+    """Down-sampling and blocks that map (b, h, w, c) to itself; (b, c, h, w) -> (b, c', h', w')."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        for block in self.blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class Hierarchy(nn.Module):
+    """Stem, stages, norm, pooling, classifier.
+
+    Args:
+        stem: (b, in_chans, h, w) -> (b, c, h / 4, w / 4).
+        stages: one for each entry of ``dims``; all but the first halve the map.
+        dims: channels of each stage.
+        num_classes: classes; 0 for none.
+        global_pool: pooling before the classifier.
+        drop_rate: dropout before the classifier.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        stages: Sequence[Stage],
+        dims: Sequence[int],
+        *,
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**stage, "module": f"stages.{stage}"} for stage, dim in enumerate(dims)
+        ]
+        self.stem = stem
+        self.stages = nn.Sequential(*stages)
+        self.norm: nn.Module = norm2d(self.num_features)
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith((".A_log", ".D", ".dt_bias"))}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks: Any = r"^stages\.(\d+)"
+        if not coarse:
+            blocks = [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ]
+        return {"stem": r"^stem", "blocks": blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New classifier with ``num_classes`` outputs; 0 for none, ``global_pool=""`` for maps."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps after the stages ``indices`` (all by default; the last n for an int), and the final features.
+
+        Args:
+            x: image, (b, in_chans, h, w).
+            indices: stages to return.
+            norm: apply the final norm to the last stage's map.
+            stop_early: leave out what comes after the last stage wanted.
+            output_fmt: "NCHW".
+            intermediates_only: return the list of maps alone.
+
+        Raises:
+            ValueError: another ``output_fmt``.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW'; got {output_fmt!r}. Permute the maps afterwards")
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        stages = self.stages[: last + 1] if stop_early and not torch.jit.is_scripting() else self.stages
+        maps = []
+        x = self.stem(x)
+        for stage, module in enumerate(stages):
+            x = module(x)
+            if stage in wanted:
+                maps.append(self.norm(x) if norm and stage == len(self.stages) - 1 else x)
+        return maps if intermediates_only else (self.norm(x) if len(stages) == len(self.stages) else x, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the stages ``indices`` do not need; returns them."""
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.norm(self.stages(self.stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _init_weights(module: nn.Module) -> None:
+    """As released: linear layers truncated normal; the projections inside a scan keep their own initialisation."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, RoutedScan):  # children come first: undo the above inside a scan
+        module.reset_parameters()
