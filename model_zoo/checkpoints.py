@@ -10,14 +10,14 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 
-from .converters import efficient_vmamba, unwrapped, vmamba
+from .converters import efficient_vmamba, unwrapped, vim, vmamba
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_CONVERTERS = (vmamba, efficient_vmamba)
-_CLASSIFIER = "head.fc.weight"
+_CONVERTERS = (vmamba, efficient_vmamba, vim)
 
 
 def convert(state_dict: Mapping[str, Any], name: str) -> dict[str, Tensor]:
@@ -37,7 +37,8 @@ def convert(state_dict: Mapping[str, Any], name: str) -> dict[str, Tensor]:
         known = ", ".join(_own_models())
         raise ValueError(f"unknown model {name!r}; the models of this package are {known}")
     ours = _to_ours(state_dict)
-    classes = ours[_CLASSIFIER].shape[0] if _CLASSIFIER in ours else 0
+    classifier = f"{get_pretrained_cfg_value(name, 'classifier')}.weight"
+    classes = ours[classifier].shape[0] if classifier in ours else 0
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=classes)
     _check(ours, model, name)

@@ -3,11 +3,12 @@
 import timm
 
 from .efficient_vmamba import EfficientVMamba
+from .vim import Vim
 from .vmamba import VMamba
 
-__all__ = ["FAMILIES", "EfficientVMamba", "VMamba", "list_models"]
+__all__ = ["FAMILIES", "EfficientVMamba", "VMamba", "Vim", "list_models"]
 
-FAMILIES = ("efficient_vmamba", "vmamba")
+FAMILIES = ("efficient_vmamba", "vim", "vmamba")
 """The modules of this package, as ``timm.list_models(module=...)`` names them."""
 
 

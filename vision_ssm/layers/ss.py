@@ -104,12 +104,14 @@ MIXERS: dict[str, Mixer] = {
 """Token mixers by name, each called as mixer(dim, state=, rank=); ``identity`` is the same network without the SSM."""
 
 
-def find_mixer(name: str) -> Mixer:
-    """The mixer called ``name``; raises a ValueError that lists the names otherwise."""
+def find_mixer(mixer: str | Mixer) -> Mixer:
+    """The mixer of that name, or the callable itself; raises a ValueError that lists the names otherwise."""
+    if not isinstance(mixer, str):
+        return mixer
     try:
-        return MIXERS[name]
+        return MIXERS[mixer]
     except KeyError:
-        raise ValueError(f"unknown mixer {name!r}; the mixers are {', '.join(MIXERS)}") from None
+        raise ValueError(f"unknown mixer {mixer!r}; the mixers are {', '.join(MIXERS)}") from None
 
 
 class SS2D(nn.Module):
@@ -143,11 +145,10 @@ class SS2D(nn.Module):
     ) -> None:
         super().__init__()
         inner = int(expand * dim)
-        make_mixer = find_mixer(mixer) if isinstance(mixer, str) else mixer
         self.gate = gate
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False)
         self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias)
-        self.scan = make_mixer(inner, state=state, rank=rank or math.ceil(dim / 16))
+        self.scan = find_mixer(mixer)(inner, state=state, rank=rank or math.ceil(dim / 16))
         self.norm = nn.LayerNorm(inner, eps=1e-5)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 

@@ -1,0 +1,338 @@
+"""Vim: a plain vision backbone of bidirectional selective scans, its class token in the middle of the patches.
+
+Zhu et al., "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model", ICML 2024,
+arXiv:2401.09417. Weights: https://github.com/hustvl/Vim (Apache-2.0), converted by model_zoo/converters/vim.py.
+
+Differences from the release, none of which changes an output: the way back has its convolution's taps in the order of
+the tokens, and any image of at least one patch is accepted, the position embedding being resampled around the class
+token.
+"""
+
+# Shapes: b batch, c channels, h w grid of patches, l = h w + 1 tokens.
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, lecun_normal_, resample_abs_pos_embed, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from vision_ssm.layers import BidirectionalScan
+from vision_ssm.layers.ss import Mixer
+from vision_ssm.model_zoo.converters import vim as upstream
+
+from .hierarchy import drop_path_rates
+
+__all__ = ["Vim"]
+
+
+class VimBlock(nn.Module):
+    """x + scan(norm(x)), the stream in float32 at least; (b, l, c) -> (b, l, c)."""
+
+    def __init__(self, dim: int, *, state: int, mixer: str | Mixer, drop_path: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.mixer = BidirectionalScan(dim, state=state, mixer=mixer)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mixer(self.norm(x)))
+
+
+class Vim(nn.Module):
+    """Patches, a class token in their middle, position embedding, blocks, norm, classifier.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: classes; 0 for none.
+        global_pool: "token" for the class token, "avg" for the mean of the patches, "" for all tokens.
+        img_size: side of the image (or its height and width) for which the position embedding is made.
+        patch_size: side of a patch.
+        stride: step between patches; less than ``patch_size`` where they overlap, ``patch_size`` by default.
+        depth: blocks.
+        dim: channels.
+        state: size n of the state.
+        mixer: what mixes the tokens; "bidirectional", or "identity" for the same network without the SSM.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth, from 0 in the first block linearly to this in the last.
+
+    Shapes: (b, in_chans, H, W) -> (b, num_classes), any H, W >= patch_size; what fills no patch is dropped.
+
+    Raises:
+        ValueError: the pooling or the mixer is unknown.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        stride: int | None = None,
+        depth: int = 24,
+        dim: int = 192,
+        state: int = 16,
+        mixer: str | Mixer = "bidirectional",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dim
+        step = stride or patch_size
+        self.feature_info = [{"num_chs": dim, "reduction": step, "module": f"blocks.{i}"} for i in range(depth)]
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.grid = (height - patch_size) // step + 1, (width - patch_size) // step + 1
+        self.grad_checkpointing = False
+        self.global_pool = _pooling(global_pool)
+
+        self.patch_embed = nn.Conv2d(in_chans, dim, patch_size, stride=step)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid) + 1, dim))
+        rates = drop_path_rates((depth,), drop_path_rate)
+        self.blocks = nn.Sequential(
+            *(VimBlock(dim, state=state, mixer=mixer, drop_path=next(rates)) for _ in range(depth))
+        )
+        self.norm: nn.Module = nn.RMSNorm(dim, eps=1e-5)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """As released: what adds to the stream is scaled down by the square root of the depth."""
+        lecun_normal_(self.patch_embed.weight)
+        assert self.patch_embed.bias is not None
+        nn.init.zeros_(self.patch_embed.bias)
+        for embedding in (self.cls_token, self.pos_embed):
+            trunc_normal_(embedding, std=0.02)
+        for name, parameter in self.blocks.named_parameters():
+            if name.endswith("out_proj.weight"):
+                with torch.no_grad():
+                    parameter.div_(math.sqrt(len(self.blocks)))
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        state_space = {name for name, _ in self.named_parameters() if name.endswith((".A_log", ".D", ".dt_bias"))}
+        return {"cls_token", "pos_embed", *state_space}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New classifier with ``num_classes`` outputs; 0 for none, ``global_pool=""`` for tokens."""
+        if global_pool is not None:
+            self.global_pool = _pooling(global_pool)
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Tokens of an image: patches row by row, the class token in the middle, the position embedding added."""
+        x = self.patch_embed(x)
+        grid = x.shape[-2:]
+        x = x.flatten(2).transpose(1, 2)
+        cls = self.cls_token.expand(x.shape[0], -1, -1)
+        return _insert(cls, x) + self._positions(grid)
+
+    def _positions(self, grid: Sequence[int]) -> Tensor:
+        if tuple(grid) == self.grid:
+            return self.pos_embed
+        cls, patches = _take(self.pos_embed)
+        return _insert(cls, resample_abs_pos_embed(patches, list(grid), list(self.grid), num_prefix_tokens=0))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Any] | tuple[Tensor, list[Any]]:
+        """The stream after the blocks ``indices`` (all by default; the last n for an int), and the final tokens.
+
+        Args:
+            x: image, (b, in_chans, H, W).
+            indices: blocks to return.
+            return_prefix_tokens: return (patches, class token) for each block.
+            norm: apply the final norm to what is returned.
+            stop_early: leave out what comes after the last block wanted.
+            output_fmt: "NCHW" for patches as maps (b, c, h, w), "NLC" for (b, h w, c).
+            intermediates_only: return the list alone.
+
+        Raises:
+            ValueError: another ``output_fmt``.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC'; got {output_fmt!r}")
+        wanted, last = feature_take_indices(len(self.blocks), indices)
+        height, width = ((size - patch) // step + 1 for size, patch, step in self._steps(x))
+        tokens = self.embed(x)
+        found: list[Any] = []
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            tokens = self._block(block, tokens)
+            if i in wanted:
+                cls, patches = _take(self.norm(tokens) if norm else tokens)
+                if output_fmt == "NCHW":
+                    patches = patches.transpose(1, 2).unflatten(2, (height, width))
+                found.append((patches, cls) if return_prefix_tokens else patches)
+        return found if intermediates_only else (self.norm(tokens), found)
+
+    def _steps(self, x: Tensor) -> list[tuple[int, int, int]]:
+        kernel, stride = self.patch_embed.kernel_size, self.patch_embed.stride
+        return list(zip(x.shape[-2:], kernel, stride, strict=True))
+
+    def _block(self, block: nn.Module, x: Tensor) -> Tensor:
+        checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
+        return checkpoint(block, x) if checkpointed else block(x)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the blocks ``indices`` do not need; returns them."""
+        wanted, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Tokens after the final norm, (b, l, c), the class token in the middle."""
+        x = self.embed(x)
+        for block in self.blocks:
+            x = self._block(block, x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.global_pool:
+            cls, patches = _take(x)
+            x = cls[:, 0] if self.global_pool == "token" else patches.mean(1)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _pooling(name: str) -> str:
+    if name not in ("token", "avg", ""):
+        raise ValueError(f"global_pool must be 'token', 'avg' or ''; got {name!r}")
+    return name
+
+
+def _insert(cls: Tensor, patches: Tensor) -> Tensor:
+    """The class token after the first half of the patches."""
+    middle = patches.shape[1] // 2
+    return torch.cat([patches[:, :middle], cls, patches[:, middle:]], dim=1)
+
+
+def _take(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The class token and the patches: undo ``_insert``."""
+    middle = (tokens.shape[1] - 1) // 2
+    return tokens[:, middle : middle + 1], torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """timm's hook: accepts checkpoints in the official layout and in ours."""
+    return upstream.convert(state_dict) if upstream.is_official(state_dict) else dict(state_dict)
+
+
+def _cfg(repository: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "origin_url": repository and f"https://huggingface.co/hustvl/{repository}",
+        "paper_ids": "arXiv:2401.09417",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vim_tiny.in1k": _cfg("Vim-tiny-midclstok"),
+        "vim_tiny_stride8.in1k": _cfg("Vim-tiny-midclstok"),
+        "vim_small.in1k": _cfg("Vim-small-midclstok"),
+        "vim_small_stride8.in1k": _cfg("Vim-small-midclstok"),
+        "vim_base.in1k": _cfg("Vim-base-midclstok"),
+        "test_vim.untrained": _cfg(input_size=(3, 160, 160), paper_ids=None),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **config: Any) -> Vim:
+    return build_model_with_cfg(
+        Vim,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **{**config, **kwargs},
+    )
+
+
+@register_model
+def vim_tiny(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-T: 7 M parameters, 76.1 % top-1 as published."""
+    return _create("vim_tiny", pretrained, kwargs)
+
+
+@register_model
+def vim_tiny_stride8(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-T, fine-tuned with overlapping patches: 78.3 % top-1 as published."""
+    return _create("vim_tiny_stride8", pretrained, kwargs, stride=8)
+
+
+@register_model
+def vim_small(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-S: 26 M parameters, 80.5 % top-1 as published."""
+    return _create("vim_small", pretrained, kwargs, dim=384)
+
+
+@register_model
+def vim_small_stride8(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-S, fine-tuned with overlapping patches: 81.6 % top-1 as published."""
+    return _create("vim_small_stride8", pretrained, kwargs, dim=384, stride=8)
+
+
+@register_model
+def vim_base(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-B: 81.9 % top-1 as published."""
+    return _create("vim_base", pretrained, kwargs, dim=768)
+
+
+@register_model
+def test_vim(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """The smallest Vim, for tests; unpublished, no weights."""
+    return _create("test_vim", pretrained, kwargs, img_size=160, depth=4, dim=32, state=2)

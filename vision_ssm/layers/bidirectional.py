@@ -1,0 +1,91 @@
+"""Selective scan of token sequences in both directions: Vim's mixer.
+
+Zhu et al., "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model", ICML 2024,
+arXiv:2401.09417.
+"""
+
+# Shapes: b batch, l tokens, c channels, e inner channels.
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vision_ssm.kernels import Route
+
+from .ss import Mixer, RoutedScan, find_mixer
+
+
+class Direction(nn.Module):
+    """Causal depthwise convolution, SiLU and selective scan along the tokens, or against them: (b, l, e) -> (b, l, e).
+
+    Against the tokens nothing is reversed in memory: the scan's route is, and the convolution looks ahead. Its taps are
+    stored in the order of the tokens, the last one on the token itself for the way ahead, the first for the way back.
+
+    Args:
+        dim: channels e.
+        state: size n of each channel's state.
+        rank: rank of the projection of Δ.
+        reverse: from the last token to the first.
+        taps: width of the convolution.
+    """
+
+    def __init__(self, dim: int, *, state: int, rank: int, reverse: bool, taps: int = 4) -> None:
+        super().__init__()
+        self.pad = (0, taps - 1) if reverse else (taps - 1, 0)
+        self.conv = nn.Conv1d(dim, dim, taps, groups=dim)
+        self.scan = RoutedScan(dim, state=state, rank=rank, routes=(Route((0,), reverse=reverse),))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(F.pad(x.transpose(1, 2), self.pad)).transpose(1, 2)
+        return self.scan(F.silu(x))
+
+
+class BothDirections(nn.Module):
+    """The mean of a scan along the tokens and one against them, each with its own weights: (b, l, e) -> (b, l, e)."""
+
+    def __init__(self, dim: int, *, state: int, rank: int) -> None:
+        super().__init__()
+        self.ahead = Direction(dim, state=state, rank=rank, reverse=False)
+        self.back = Direction(dim, state=state, rank=rank, reverse=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.ahead(x) + self.back(x)) / 2
+
+
+class BidirectionalScan(nn.Module):
+    """Project, scan in both directions, gate, project back (Vim, algorithm 1).
+
+    Args:
+        dim: channels c in and out.
+        state: size n of each channel's state.
+        expand: inner width e as a multiple of ``dim``.
+        rank: rank of the projection of Δ; ceil(dim / 16) by default.
+        mixer: what mixes the tokens: "bidirectional", another name in ``vision_ssm.layers.MIXERS`` for sequences, such
+            as "identity", or a callable mixer(e, state=, rank=) -> module.
+
+    Shapes: (b, l, c) -> (b, l, c), any l >= 1.
+
+    Raises:
+        ValueError: unknown mixer.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state: int = 16,
+        expand: float = 2.0,
+        rank: int | None = None,
+        mixer: str | Mixer = "bidirectional",
+    ) -> None:
+        super().__init__()
+        inner = int(expand * dim)
+        make_mixer = BothDirections if mixer == "bidirectional" else find_mixer(mixer)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.mixer = make_mixer(inner, state=state, rank=rank or math.ceil(dim / 16))
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        return self.out_proj(self.mixer(x) * F.silu(z))
