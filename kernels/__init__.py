@@ -22,6 +22,7 @@ from .routes import (
     find_routes,
 )
 from .selective_scan.op import selective_scan
+from .ssd_scan.op import ssd_scan
 
 from . import flops  # isort: skip  # formulas of the operators above
 
@@ -45,4 +46,5 @@ __all__ = [
     "flops",
     "routed_scan",
     "selective_scan",
+    "ssd_scan",
 ]

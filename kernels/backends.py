@@ -20,6 +20,7 @@ def backend_report() -> str:
     for operator in _OPERATORS:
         rows.append(f"  {operator:<24} cpu   {'PyTorch' if operator.startswith('cross') else cpu}")
         rows.append(f"  {'':<24} cuda  {_gpu()}")
+    rows.append(f"  {'ssd_scan':<24} any   PyTorch, as matrix products in chunks")
     return "\n".join(rows)
 
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .routes import decode
 
 _RECURRENCE = 9
+_DUALITY = 5  # S decays (one), dt x Bᵀ enters (two), S C (two)
 
 
 def selective_scan_flops(u: Sequence[int], delta: Sequence[int], A: Sequence[int], *rest: Any, **options: Any) -> int:
@@ -37,6 +38,14 @@ def routed_scan_flops(
     batch, *grid, channels = x
     steps = sum(route.length(grid) for route in decode(routes, len(grid)))
     return batch * steps * channels * (2 * dt_weight[2] + _RECURRENCE * A[2] + 1)
+
+
+def ssd_scan_flops(
+    x: Sequence[int], dt: Sequence[int], A: Sequence[int], B: Sequence[int], *rest: Any, **options: Any
+) -> int:
+    """From the shapes (b, l, h, p) of x and (b, l, g, n) of B; dt x is one for each channel, exp(dt A) two a head."""
+    batch, length, heads, width = x
+    return batch * length * heads * (width * (_DUALITY * B[3] + 1) + 2)
 
 
 def _twice(formula: Any, gradients: int) -> Any:
@@ -62,5 +71,7 @@ for _op, _formula in (
     (_ops.selective_scan_backward, _twice(selective_scan_flops, 2)),
     (_ops.routed_scan, routed_scan_flops),
     (_ops.routed_scan_backward, _twice(routed_scan_flops, 1)),
+    (_ops.ssd_scan, ssd_scan_flops),
+    (_ops.ssd_scan_backward, _twice(ssd_scan_flops, 2)),
 ):
     register_flop_formula(_op)(_formula)

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vision_ssm  # noqa: F401  registers the models
-from vision_ssm.kernels import CROSS, cross_merge, cross_scan, routed_scan, selective_scan
+from vision_ssm.kernels import CROSS, cross_merge, cross_scan, routed_scan, selective_scan, ssd_scan
 from vision_ssm.kernels.routed_scan.cases import CASES, make_inputs
 
 
@@ -22,6 +22,16 @@ def test_selective_scan():
     assert count(lambda: selective_scan(u, u, A, B, B)) == forward
     leaf = u.clone().requires_grad_()
     assert count(lambda: selective_scan(leaf, u, A, B, B).sum().backward()) == 3 * forward
+
+
+def test_ssd_scan():
+    batch, length, heads, width, state = 2, 5, 3, 4, 6
+    x, dt, A = torch.rand(batch, length, heads, width), torch.rand(batch, length, heads), -torch.rand(heads)
+    B = torch.rand(batch, length, 1, state)
+    forward = batch * length * heads * (width * (5 * state + 1) + 2)
+    assert count(lambda: ssd_scan(x, dt, A, B, B)) == forward
+    leaf = x.clone().requires_grad_()
+    assert count(lambda: ssd_scan(leaf, dt, A, B, B)[0].sum().backward()) == 3 * forward
 
 
 def test_routed_scan():

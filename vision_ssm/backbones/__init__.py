@@ -3,12 +3,14 @@
 import timm
 
 from .efficient_vmamba import EfficientVMamba
+from .hydra import HydraViT
 from .vim import Vim
+from .vim2 import ViM2
 from .vmamba import VMamba
 
-__all__ = ["FAMILIES", "EfficientVMamba", "VMamba", "Vim", "list_models"]
+__all__ = ["FAMILIES", "EfficientVMamba", "HydraViT", "VMamba", "ViM2", "Vim", "list_models"]
 
-FAMILIES = ("efficient_vmamba", "vim", "vmamba")
+FAMILIES = ("efficient_vmamba", "hydra", "vim", "vim2", "vmamba")
 """The modules of this package, as ``timm.list_models(module=...)`` names them."""
 
 

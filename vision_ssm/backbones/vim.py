@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, lecun_normal_, resample_abs_pos_embed, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.layers import DropPath, resample_abs_pos_embed, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vision_ssm.layers import BidirectionalScan
@@ -26,6 +25,7 @@ from vision_ssm.layers.ss import Mixer
 from vision_ssm.model_zoo.converters import vim as upstream
 
 from .hierarchy import drop_path_rates
+from .plain import Plain
 
 __all__ = ["Vim"]
 
@@ -43,7 +43,7 @@ class VimBlock(nn.Module):
         return x + self.drop_path(self.mixer(self.norm(x)))
 
 
-class Vim(nn.Module):
+class Vim(Plain):
     """Patches, a class token in their middle, position embedding, blocks, norm, classifier.
 
     Args:
@@ -66,6 +66,9 @@ class Vim(nn.Module):
         ValueError: the pooling or the mixer is unknown.
     """
 
+    pools = ("token", "avg", "")
+    skipped_by_weight_decay = (*Plain.skipped_by_weight_decay, "cls_token", "pos_embed")
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -82,69 +85,30 @@ class Vim(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = dim
         step = stride or patch_size
-        self.feature_info = [{"num_chs": dim, "reduction": step, "module": f"blocks.{i}"} for i in range(depth)]
+        rates = drop_path_rates((depth,), drop_path_rate)
+        blocks = [VimBlock(dim, state=state, mixer=mixer, drop_path=next(rates)) for _ in range(depth)]
+        super().__init__(
+            blocks,
+            nn.RMSNorm(dim, eps=1e-5),
+            dim,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            patch_size=patch_size,
+            stride=step,
+            drop_rate=drop_rate,
+        )
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.grid = (height - patch_size) // step + 1, (width - patch_size) // step + 1
-        self.grad_checkpointing = False
-        self.global_pool = _pooling(global_pool)
-
-        self.patch_embed = nn.Conv2d(in_chans, dim, patch_size, stride=step)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid) + 1, dim))
-        rates = drop_path_rates((depth,), drop_path_rate)
-        self.blocks = nn.Sequential(
-            *(VimBlock(dim, state=state, mixer=mixer, drop_path=next(rates)) for _ in range(depth))
-        )
-        self.norm: nn.Module = nn.RMSNorm(dim, eps=1e-5)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-        self._init_weights()
-
-    def _init_weights(self) -> None:
-        """As released: what adds to the stream is scaled down by the square root of the depth."""
-        lecun_normal_(self.patch_embed.weight)
-        assert self.patch_embed.bias is not None
-        nn.init.zeros_(self.patch_embed.bias)
         for embedding in (self.cls_token, self.pos_embed):
             trunc_normal_(embedding, std=0.02)
         for name, parameter in self.blocks.named_parameters():
-            if name.endswith("out_proj.weight"):
+            if name.endswith("out_proj.weight"):  # as released: what adds to the stream is scaled by the depth
                 with torch.no_grad():
-                    parameter.div_(math.sqrt(len(self.blocks)))
-        if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        state_space = {name for name, _ in self.named_parameters() if name.endswith((".A_log", ".D", ".dt_bias"))}
-        return {"cls_token", "pos_embed", *state_space}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return {
-            "stem": r"^cls_token|pos_embed|patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New classifier with ``num_classes`` outputs; 0 for none, ``global_pool=""`` for tokens."""
-        if global_pool is not None:
-            self.global_pool = _pooling(global_pool)
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+                    parameter.div_(math.sqrt(depth))
 
     def embed(self, x: Tensor) -> Tensor:
         """Tokens of an image: patches row by row, the class token in the middle, the position embedding added."""
@@ -160,87 +124,8 @@ class Vim(nn.Module):
         cls, patches = _take(self.pos_embed)
         return _insert(cls, resample_abs_pos_embed(patches, list(grid), list(self.grid), num_prefix_tokens=0))
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Any] | tuple[Tensor, list[Any]]:
-        """The stream after the blocks ``indices`` (all by default; the last n for an int), and the final tokens.
-
-        Args:
-            x: image, (b, in_chans, H, W).
-            indices: blocks to return.
-            return_prefix_tokens: return (patches, class token) for each block.
-            norm: apply the final norm to what is returned.
-            stop_early: leave out what comes after the last block wanted.
-            output_fmt: "NCHW" for patches as maps (b, c, h, w), "NLC" for (b, h w, c).
-            intermediates_only: return the list alone.
-
-        Raises:
-            ValueError: another ``output_fmt``.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC'; got {output_fmt!r}")
-        wanted, last = feature_take_indices(len(self.blocks), indices)
-        height, width = ((size - patch) // step + 1 for size, patch, step in self._steps(x))
-        tokens = self.embed(x)
-        found: list[Any] = []
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            tokens = self._block(block, tokens)
-            if i in wanted:
-                cls, patches = _take(self.norm(tokens) if norm else tokens)
-                if output_fmt == "NCHW":
-                    patches = patches.transpose(1, 2).unflatten(2, (height, width))
-                found.append((patches, cls) if return_prefix_tokens else patches)
-        return found if intermediates_only else (self.norm(tokens), found)
-
-    def _steps(self, x: Tensor) -> list[tuple[int, int, int]]:
-        kernel, stride = self.patch_embed.kernel_size, self.patch_embed.stride
-        return list(zip(x.shape[-2:], kernel, stride, strict=True))
-
-    def _block(self, block: nn.Module, x: Tensor) -> Tensor:
-        checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
-        return checkpoint(block, x) if checkpointed else block(x)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the blocks ``indices`` do not need; returns them."""
-        wanted, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return wanted
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Tokens after the final norm, (b, l, c), the class token in the middle."""
-        x = self.embed(x)
-        for block in self.blocks:
-            x = self._block(block, x)
-        return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        if self.global_pool:
-            cls, patches = _take(x)
-            x = cls[:, 0] if self.global_pool == "token" else patches.mean(1)
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _pooling(name: str) -> str:
-    if name not in ("token", "avg", ""):
-        raise ValueError(f"global_pool must be 'token', 'avg' or ''; got {name!r}")
-    return name
+    def take(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return _take(tokens)
 
 
 def _insert(cls: Tensor, patches: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""The mixer of channels, its choices, and the averages of earlier features."""
+
+import pytest
+import timm
+import torch
+from torch.testing import assert_close
+
+import vision_ssm  # noqa: F401  registers the models
+from vision_ssm.layers.channel_mixer import CHANNEL_SCANS, ChannelMixer, WeightedAverage
+
+
+@pytest.mark.parametrize("scan", CHANNEL_SCANS)
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5)], ids=str)
+def test_keeps_the_shape_and_trains(scan, grid):
+    layer = ChannelMixer(6, 8, state=2, scan=scan)
+    x = torch.randn(2, *grid, 6, requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+    assert y.shape == x.shape and x.grad.isfinite().all()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def test_cells_do_not_see_each_other_but_their_channels_do():
+    layer = ChannelMixer(6, 8, state=2, scan="cell").scan.double()
+    x = torch.randn(1, 2, 3, 8, dtype=torch.float64)
+    changed = x.clone()
+    changed[0, 1, 2, 5] += 1
+    difference = (layer(changed) - layer(x)).abs()
+    assert difference[0, 1, 2].min() > 0  # both directions: every channel of that cell
+    difference[0, 1, 2] = 0
+    assert difference.max() == 0
+
+
+def test_pooled_parts_need_a_square():
+    with pytest.raises(ValueError, match="square number; got 5"):
+        ChannelMixer(6, 8, features=5, scan="pooled")
+    with pytest.raises(ValueError, match="the scans are cell, pooled, identity"):
+        ChannelMixer(6, 8, scan="token")
+
+
+def test_average_begins_with_the_newest():
+    features = [torch.randn(2, 3) for _ in range(4)]
+    average = WeightedAverage(4, newest=(3, 2))
+    assert_close(average(features), features[3] + features[2])
+    with torch.no_grad():
+        average.weight.copy_(torch.tensor([0.5, 0.0, -1.0, 2.0]))
+    assert_close(average(features), 0.5 * features[0] - features[2] + 2 * features[3])
+
+
+def test_a_stage_averages_all_that_came_before():
+    """The stage written out: two blocks of the smallest model's third stage, with random weights for the averages."""
+    model = timm.create_model("test_vim2").eval().double()
+    stage = model.stages[2]
+    for parameter in [*stage.to_tokens.parameters(), *stage.to_channels.parameters()]:
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(1, 24, 6, 4, dtype=torch.float64)
+    first = stage.downsample(x).permute(0, 2, 3, 1)
+    t, c = stage.to_tokens, stage.to_channels
+    token1 = stage.blocks[0](t[0].weight[0] * first)
+    channel1 = stage.channels[0](c[0].weight[0] * first + c[0].weight[1] * token1)
+    token2 = stage.blocks[1](t[1].weight[0] * first + t[1].weight[1] * token1 + t[1].weight[2] * channel1)
+    terms = zip(c[1].weight, (first, token1, channel1, token2), strict=True)
+    channel2 = stage.channels[1](sum(weight * feature for weight, feature in terms))
+    assert_close(stage(x), channel2.permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("scan", ["cell", "pooled"])
+def test_the_model_offers_the_choice(scan):
+    model = timm.create_model("test_vim2", channel_scan=scan, num_classes=3).eval()
+    assert model(torch.randn(1, 3, 40, 33)).isfinite().all()
+    assert isinstance(model.stages[0].channels[0].mixer.scan, CHANNEL_SCANS[scan])
+
+
+def test_identity_has_neither_scan():
+    names = [name for name, _ in timm.create_model("test_vim2", mixer="identity").named_parameters()]
+    assert names and not [name for name in names if "A_log" in name]
+
+
+def test_stages_must_agree():
+    with pytest.raises(ValueError, match="one entry a stage"):
+        timm.create_model("test_vim2", channel_expand=(1.0, 2.0))
