@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import vision_ssm
 from vision_ssm import model_zoo
 from vision_ssm.backbones import FAMILIES, Vim
+from vision_ssm.layers import MIXERS
 from vision_ssm.model_zoo import converters
 
 MODELS = vision_ssm.list_models()
@@ -109,6 +110,13 @@ def test_any_input_size(name, size):
 @pytest.mark.parametrize("name", SMALLEST)
 def test_input_channels(name, channels):
     assert create(name, in_chans=channels, num_classes=2)(torch.randn(1, channels, 32, 32)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_another_mixer_is_one_argument(mixer):
+    model = timm.create_model("test_vmamba", mixer=mixer, num_classes=3)
+    model(torch.randn(2, 3, 40, 33)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vision_ssm.kernels import atrous
 from vision_ssm.layers import SS2D, RoutedScan
-from vision_ssm.layers.ss import Mixer
+from vision_ssm.layers.mixers import Mixer
 from vision_ssm.model_zoo.converters import efficient_vmamba as upstream
 
 from .hierarchy import Hierarchy, PatchMerging2d, Stage, drop_path_rates, patch_stem

@@ -8,26 +8,66 @@ the tokens, and any image of at least one patch is accepted, the position embedd
 token.
 """
 
-# Shapes: b batch, c channels, h w grid of patches, l = h w + 1 tokens.
+# Shapes: b batch, c channels, e inner channels, h w grid of patches, l = h w + 1 tokens.
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, resample_abs_pos_embed, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vision_ssm.layers import BidirectionalScan
-from vision_ssm.layers.ss import Mixer
+from vision_ssm.layers import find_mixer
+from vision_ssm.layers.bidirectional import BothDirections
+from vision_ssm.layers.mixers import Mixer
 from vision_ssm.model_zoo.converters import vim as upstream
 
 from .hierarchy import drop_path_rates
 from .plain import Plain
 
 __all__ = ["Vim"]
+
+
+class BidirectionalScan(nn.Module):
+    """Project, scan in both directions, gate, project back (Vim, algorithm 1).
+
+    Args:
+        dim: channels c in and out.
+        state: size n of each channel's state.
+        expand: inner width e as a multiple of ``dim``.
+        rank: rank of the projection of Δ; ceil(dim / 16) by default.
+        mixer: what mixes the tokens: "bidirectional", another name in ``vision_ssm.layers.MIXERS`` for sequences, such
+            as "identity", or a callable mixer(e, state=, rank=) -> module.
+
+    Shapes: (b, l, c) -> (b, l, c), any l >= 1.
+
+    Raises:
+        ValueError: unknown mixer.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state: int = 16,
+        expand: float = 2.0,
+        rank: int | None = None,
+        mixer: str | Mixer = "bidirectional",
+    ) -> None:
+        super().__init__()
+        inner = int(expand * dim)
+        make_mixer = BothDirections if mixer == "bidirectional" else find_mixer(mixer)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.mixer = make_mixer(inner, state=state, rank=rank or math.ceil(dim / 16))
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        return self.out_proj(self.mixer(x) * F.silu(z))
 
 
 class VimBlock(nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vision_ssm.layers import SS2D
 from vision_ssm.layers.channel_mixer import ChannelMixer, WeightedAverage
-from vision_ssm.layers.ss import Mixer
+from vision_ssm.layers.mixers import Mixer
 
 from .hierarchy import Hierarchy, PatchMerging2d, Stage, drop_path_rates, patch_stem
 

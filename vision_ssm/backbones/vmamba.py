@@ -21,7 +21,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from vision_ssm.layers import SS2D
-from vision_ssm.layers.ss import Mixer
+from vision_ssm.layers.mixers import Mixer
 from vision_ssm.model_zoo.converters import vmamba as upstream
 
 from .hierarchy import Hierarchy, PatchMerging2d, Stage, drop_path_rates, norm2d, patch_stem

@@ -1,7 +1,8 @@
 """Modules that two or more models share."""
 
-from .bidirectional import BidirectionalScan
 from .hydra import Hydra
-from .ss import MIXERS, SS2D, RoutedScan, find_mixer, pad_grid
+from .mixers import MIXERS, find_mixer
+from .scan import RoutedScan, pad_grid
+from .ss import SS2D
 
-__all__ = ["MIXERS", "SS2D", "BidirectionalScan", "Hydra", "RoutedScan", "find_mixer", "pad_grid"]
+__all__ = ["MIXERS", "SS2D", "Hydra", "RoutedScan", "find_mixer", "pad_grid"]

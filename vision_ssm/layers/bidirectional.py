@@ -4,16 +4,14 @@ Zhu et al., "Vision Mamba: Efficient Visual Representation Learning with Bidirec
 arXiv:2401.09417.
 """
 
-# Shapes: b batch, l tokens, c channels, e inner channels.
-
-import math
+# Shapes: b batch, l tokens, e channels.
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_ssm.kernels import Route
 
-from .ss import Mixer, RoutedScan, find_mixer
+from .scan import RoutedScan
 
 
 class Direction(nn.Module):
@@ -51,41 +49,3 @@ class BothDirections(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.ahead(x) + self.back(x)) / 2
-
-
-class BidirectionalScan(nn.Module):
-    """Project, scan in both directions, gate, project back (Vim, algorithm 1).
-
-    Args:
-        dim: channels c in and out.
-        state: size n of each channel's state.
-        expand: inner width e as a multiple of ``dim``.
-        rank: rank of the projection of Δ; ceil(dim / 16) by default.
-        mixer: what mixes the tokens: "bidirectional", another name in ``vision_ssm.layers.MIXERS`` for sequences, such
-            as "identity", or a callable mixer(e, state=, rank=) -> module.
-
-    Shapes: (b, l, c) -> (b, l, c), any l >= 1.
-
-    Raises:
-        ValueError: unknown mixer.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        state: int = 16,
-        expand: float = 2.0,
-        rank: int | None = None,
-        mixer: str | Mixer = "bidirectional",
-    ) -> None:
-        super().__init__()
-        inner = int(expand * dim)
-        make_mixer = BothDirections if mixer == "bidirectional" else find_mixer(mixer)
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
-        self.mixer = make_mixer(inner, state=state, rank=rank or math.ceil(dim / 16))
-        self.out_proj = nn.Linear(inner, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(self.mixer(x) * F.silu(z))

@@ -16,7 +16,7 @@ from .bidirectional import BothDirections
 
 
 class PerCell(nn.Module):
-    """The channels of each cell as a sequence of numbers, each lifted to f features; (b, h, w, e) -> (b, h, w, e)."""
+    """The channels of each cell as a sequence of numbers, each lifted to f features; (b, *grid, e) to itself."""
 
     def __init__(self, features: int, *, state: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class PerCell(nn.Module):
         self.lower = nn.Linear(features, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.lower(self.scan(self.lift(x.flatten(0, 2)[..., None])))
+        y = self.lower(self.scan(self.lift(x.flatten(0, -2)[..., None])))
         return y.squeeze(-1).view(x.shape)
 
 

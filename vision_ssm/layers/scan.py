@@ -1,0 +1,88 @@
+"""Selective scan of feature maps along any routes.
+
+Liu et al., "VMamba: Visual State Space Model", NeurIPS 2024, arXiv:2401.10166.
+"""
+
+# Shapes: b batch, e channels, k routes, r rank of Δ, n state.
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vision_ssm.kernels import CROSS, Routes, routed_scan
+
+from .init import dt_bias_, s4d_real_
+
+
+def pad_grid(x: Tensor, multiple: int) -> Tensor:
+    """Zeros at the end of each grid axis of (b, *grid, c), up to a multiple."""
+    if multiple == 1:
+        return x
+    grid = x.shape[1:-1]
+    if not torch.compiler.is_compiling():
+        return F.pad(x, (0, 0, *(pad for size in reversed(grid) for pad in (0, -size % multiple))))
+    # Written by indices, since torch's pad asks whether there is anything to pad: a compiled program would then serve
+    # only the sizes that answer alike.
+    for axis, size in enumerate(grid, start=1):
+        cells = torch.arange((size + multiple - 1) // multiple * multiple, device=x.device)
+        inside = (cells < size).view(-1, *(1,) * (x.dim() - axis - 1))
+        x = torch.where(inside, x.index_select(axis, cells.clamp(max=size - 1)), 0.0)
+    return x
+
+
+def crop_grid(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """The first cells of each grid axis of (b, *grid, c); as ``pad_grid``, it does not ask what there is to crop."""
+    if not torch.compiler.is_compiling():
+        kept = (slice(None), *(slice(size) for size in grid))
+        return x[kept]
+    for axis, size in enumerate(grid, start=1):
+        x = x.index_select(axis, torch.arange(size, device=x.device))
+    return x
+
+
+class RoutedScan(nn.Module):
+    """Selective scan of a map along several routes, each with its own Δ, B, C projections and its own A and D.
+
+    Args:
+        dim: channels e in and out.
+        state: size n of each channel's state.
+        rank: rank r of the projection of Δ.
+        routes: the orders in which cells are visited.
+
+    Shapes: (b, *grid, e) -> (b, *grid, e). Where strided routes need it, the map is padded with zeros to a multiple of
+    the stride and cropped afterwards; padded cells are steps of the scan with u = B = C = 0.
+    """
+
+    def __init__(self, dim: int, *, state: int, rank: int, routes: Routes = CROSS) -> None:
+        super().__init__()
+        self.routes = tuple(routes)
+        self.multiple = math.lcm(*(route.stride for route in self.routes))
+        count = len(self.routes)
+        self.x_proj = nn.Linear(dim, count * (rank + 2 * state), bias=False)
+        self.dt_weight = nn.Parameter(torch.empty(count, dim, rank))
+        self.dt_bias = nn.Parameter(torch.empty(count, dim))
+        self.A_log = nn.Parameter(torch.empty(count, dim, state))
+        self.D = nn.Parameter(torch.empty(count, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial values as released with VMamba: S4D-real A, D = 1, Δ log-uniform in [0.001, 0.1]."""
+        self.x_proj.reset_parameters()
+        nn.init.uniform_(self.dt_weight, -(self.dt_weight.shape[-1] ** -0.5), self.dt_weight.shape[-1] ** -0.5)
+        dt_bias_(self.dt_bias)
+        s4d_real_(self.A_log)
+        nn.init.ones_(self.D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = x.shape[1:-1]
+        x = pad_grid(x, self.multiple)
+        low_rank = self.x_proj(x)  # one product for all routes: a projection per cell commutes with the visiting order
+        A = -torch.exp(self.A_log)
+        y = routed_scan(x, low_rank, self.dt_weight, self.dt_bias, A, self.D, self.routes)
+        return y if self.multiple == 1 else crop_grid(y, grid)
+
+    def extra_repr(self) -> str:
+        return f"state={self.A_log.shape[-1]}, rank={self.dt_weight.shape[-1]}, routes={len(self.routes)}"
