@@ -125,7 +125,7 @@ def test_mixer_may_be_a_callable_and_the_scan_takes_volumes():
 def test_unknown_mixer_lists_the_known_ones():
     with pytest.raises(
         ValueError,
-        match="unknown mixer 'crossed'; the mixers are cross, bidirectional, atrous, hydra, mambamixer, attention, identity",
+        match="unknown mixer 'crossed'; the mixers are cross, bidirectional, atrous, hydra, mambamixer, attention",
     ):
         SS2D(6, mixer="crossed")
 

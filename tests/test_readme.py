@@ -1,6 +1,5 @@
 """What the README says works as it stands: its Python runs, its commands parse, its table of models is the registry."""
 
-import importlib
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +9,7 @@ import timm
 import torch
 
 import vision_ssm
-from vision_ssm.tools.__main__ import COMMANDS
+from vision_ssm.tools.__main__ import COMMANDS, tool_of
 from vision_ssm.tools.__main__ import main as vision_ssm_command
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +41,7 @@ def test_commands_of_the_package_parse(line: str) -> None:
     """Parses the line with its own parser; the tests of the tools run the commands."""
     _, command, *arguments = shlex.split(line)
     assert command in COMMANDS
-    importlib.import_module(f"vision_ssm.tools.{command}").parser().parse_args(arguments)
+    tool_of(command).parser().parse_args(arguments)
 
 
 def test_every_line_is_covered() -> None:

@@ -11,6 +11,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from vision_ssm._version import __version__
 from vision_ssm.tools.errors import run
@@ -21,7 +22,10 @@ COMMANDS = {
     "eval": "measure a checkpoint on its config's test set",
     "predict": "label a NIfTI volume",
     "benchmark": "time operators and models",
+    "profile": "count parameters, multiply-adds and memory of models",
 }
+
+_MODULES = {"profile": "profiling"}  # a profile.py beside the scripts would stand in for Python's own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,8 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen.command is None:
         parser().print_help()
         return 0
-    command = importlib.import_module(f"vision_ssm.tools.{chosen.command}")
-    return run(command.main, arguments[1:])
+    return run(tool_of(chosen.command).main, arguments[1:])
+
+
+def tool_of(command: str) -> ModuleType:
+    """The module of a command; each is imported when it is called."""
+    return importlib.import_module(f"vision_ssm.tools.{_MODULES.get(command, command)}")
 
 
 def parser() -> argparse.ArgumentParser:
