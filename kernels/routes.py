@@ -119,7 +119,12 @@ def atrous(stride: int) -> Routes:
 
     Sub-maps that begin on an even row are walked row by row, the others column by column, as the paper does for 2 x 2.
     Every cell is visited once, whatever the stride.
+
+    Raises:
+        ValueError: ``stride`` is below 1.
     """
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1; got {stride}")
     return tuple(
         Route((0, 1) if row % 2 == 0 else (1, 0), stride=stride, offset=(row, column))
         for column in range(stride)

@@ -179,6 +179,30 @@ def test_forward_intermediates_of_tokens(name):
     assert_close(model.forward_intermediates(x, indices=[1], intermediates_only=True), early)
 
 
+def test_head_keeps_the_dtype():
+    for name in SMALLEST:
+        model = create(name).bfloat16()
+        model.reset_classifier(7)
+        assert model.get_classifier().weight.dtype == torch.bfloat16
+
+
+def test_vim_begins_as_released():
+    layer = timm.create_model("test_vim").blocks[0].mixer
+    assert (layer.mixer.back.scan.dt_bias == 0).all() and (layer.mixer.ahead.scan.dt_bias < -2).all()
+    assert 0.5 < layer.out_proj.weight.abs().max() * (64**0.5) * (4**0.5) <= 1.0
+    twin = timm.create_model("test_vim", mixer="hydra").blocks[0].mixer
+    assert twin.mixer.mixer.out_proj.weight.abs().max() > 1.5 * twin.out_proj.weight.abs().max()
+
+
+def test_vim_exports_beside_its_own_size():
+    model = create("test_vim", num_classes=4)
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(model, (torch.randn(2, 3, 96, 80),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    for size in ((160, 160), (64, 112)):
+        x = torch.randn(1, 3, *size)
+        assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_class_token_stays_in_the_middle_at_any_size():
     """The position embedding of the class token is its own at every image size, and pooling finds the token."""
     model = create("test_vim", num_classes=0)
@@ -204,7 +228,9 @@ def test_prune_intermediate_layers(name):
     x = torch.randn(1, 3, 32, 32)
     want = model.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
     assert model.prune_intermediate_layers([0, 2], prune_norm=True) == [0, 2]
-    assert len(model.stages) == 3
+    assert len(model.stages) == 3 and model.num_features == model.feature_info[-1]["num_chs"]
+    model.reset_classifier(5, "avg")
+    assert model(x).shape == (1, 5)
     assert_close(model.forward_intermediates(x, indices=[0, 2], intermediates_only=True), want)
 
 

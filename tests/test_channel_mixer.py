@@ -71,6 +71,18 @@ def test_the_model_offers_the_choice(scan):
     assert isinstance(model.stages[0].channels[0].mixer.scan, CHANNEL_SCANS[scan])
 
 
+def test_stochastic_depth_passes_a_sample_on():
+    model = timm.create_model("test_vim2", drop_path_rate=1.0).train()
+    features = model.forward_features(torch.randn(16, 3, 32, 32))
+    assert features.flatten(1).std(1).min() > 0.1
+
+
+def test_a_signal_reaches_the_last_stage():
+    model = timm.create_model("test_vim2").eval()
+    maps = model.forward_intermediates(torch.randn(2, 3, 64, 64), intermediates_only=True)
+    assert min(m.std() for m in maps) > 1e-5 and model.norm(maps[-1]).std() > 0.2
+
+
 def test_identity_has_neither_scan():
     names = [name for name, _ in timm.create_model("test_vim2", mixer="identity").named_parameters()]
     assert names and not [name for name in names if "A_log" in name]

@@ -17,14 +17,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from rich.console import Console
     from rich.progress import track
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from vision_ssm.engine.profile import CONVENTION, profile
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    table = Table(
-        "model", "parameters (M)", "multiply-adds (G)", "in scans (%)", "kept MiB/image", "inference ms", "step ms"
-    )
+    headings = ("M parameters", "G multiply-adds", "% scans", "MiB kept", "ms inference", "ms step")
+    table = Table(Column("model", no_wrap=True), *(Column(heading, justify="right") for heading in headings))
     console = Console()
     for name in track(args.models, description="measuring", console=console, transient=True):
         costs = profile(name, size=args.size, batch=args.batch, device=device)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-@lru_cache(maxsize=256)
+@cache  # tables are small, and a CUDA graph may hold the address of any for as long as it lives
 def plan(routes: Routes, grid: tuple[int, ...], pieces: int, device: torch.device) -> Plan:
     """Cuts every line of the fastest axis into about ``pieces`` runs, none much shorter than ``_SHORTEST`` steps."""
     rows = []

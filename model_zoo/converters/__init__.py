@@ -9,8 +9,12 @@ Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 
 
 def unwrapped(source: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state dict in a checkpoint: what stands under "model" or "state_dict", or the checkpoint itself."""
-    return source.get("model", source.get("state_dict", source))
+    """The state dict in a checkpoint: the one under "model", else under "state_dict", else the checkpoint itself.
+
+    A moving average that stands beside them is not taken.
+    """
+    named = (source.get(name) for name in ("model", "state_dict"))
+    return next((found for found in named if isinstance(found, Mapping)), source)
 
 
 def rename_keys(source: Mapping[str, Value], renames: Sequence[Rename]) -> dict[str, Value]:

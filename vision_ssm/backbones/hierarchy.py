@@ -18,6 +18,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from vision_ssm.layers import RoutedScan, pad_grid
+from vision_ssm.layers.channel_mixer import PerCell
 
 __all__ = ["Hierarchy", "PatchMerging2d", "Stage", "drop_path_rates", "norm2d", "patch_stem"]
 
@@ -101,7 +102,7 @@ class Hierarchy(nn.Module):
         if not coarse:
             blocks = [
                 (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.(?:blocks|channels|to_tokens|to_channels)\.(\d+)", None),
                 (r"^norm", (99999,)),
             ]
         return {"stem": r"^stem", "blocks": blocks}
@@ -160,9 +161,11 @@ class Hierarchy(nn.Module):
     ) -> list[int]:
         """Drop what the stages ``indices`` do not need; returns them."""
         wanted, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm:
+        if prune_norm or last + 1 < len(self.stages):  # the norm is as wide as the last stage
             self.norm = nn.Identity()
+        self.stages = self.stages[: last + 1]
+        self.feature_info = self.feature_info[: last + 1]
+        self.num_features = self.head_hidden_size = self.head.in_features = self.feature_info[-1]["num_chs"]
         if prune_head:
             self.reset_classifier(0, "")
         return wanted
@@ -183,5 +186,5 @@ def _init_weights(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, RoutedScan):  # children come first: undo the above inside a scan
+    elif isinstance(module, (RoutedScan, PerCell)):  # children come first: undo the above inside a scan
         module.reset_parameters()

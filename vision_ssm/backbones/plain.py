@@ -58,13 +58,19 @@ class Plain(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.norm = norm
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         lecun_normal_(self.patch_embed.weight)
         assert self.patch_embed.bias is not None
         nn.init.zeros_(self.patch_embed.bias)
-        if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+        self.head = self._classifier(num_classes)
+
+    def _classifier(self, num_classes: int) -> nn.Module:
+        if not num_classes:
+            return nn.Identity()
+        like = self.patch_embed.weight
+        head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+        trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return head
 
     def _pooling(self, name: str) -> str:
         if name not in self.pools:
@@ -95,7 +101,7 @@ class Plain(nn.Module):
         if global_pool is not None:
             self.global_pool = self._pooling(global_pool)
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = self._classifier(num_classes)
 
     def embed(self, x: Tensor) -> Tensor:
         """Tokens of an image, (b, l, c)."""
@@ -122,7 +128,7 @@ class Plain(nn.Module):
             indices: blocks to return.
             return_prefix_tokens: return (patches, class token or None) for each block.
             norm: apply the final norm to what is returned.
-            stop_early: leave out what comes after the last block wanted.
+            stop_early: leave out what comes after the last block wanted, the final norm too.
             output_fmt: "NCHW" for patches as maps (b, c, h, w), "NLC" for (b, h w, c).
             intermediates_only: return the list alone.
 
@@ -142,7 +148,7 @@ class Plain(nn.Module):
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, (height, width))
                 found.append((patches, cls) if return_prefix_tokens else patches)
-        return found if intermediates_only else (self.norm(tokens), found)
+        return found if intermediates_only else (tokens if stop_early else self.norm(tokens), found)
 
     def _steps(self, x: Tensor) -> list[tuple[int, int, int]]:
         kernel, stride = self.patch_embed.kernel_size, self.patch_embed.stride

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, resample_abs_pos_embed, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -71,7 +71,7 @@ class BidirectionalScan(nn.Module):
 
 
 class VimBlock(nn.Module):
-    """x + scan(norm(x)), the stream in float32 at least; (b, l, c) -> (b, l, c)."""
+    """x + scan(norm(x)); (b, l, c) -> (b, l, c). Under autocast the stream stays in float32."""
 
     def __init__(self, dim: int, *, state: int, mixer: str | Mixer, drop_path: float) -> None:
         super().__init__()
@@ -103,7 +103,8 @@ class Vim(Plain):
     Shapes: (b, in_chans, H, W) -> (b, num_classes), any H, W >= patch_size; what fills no patch is dropped.
 
     Raises:
-        ValueError: the pooling or the mixer is unknown.
+        ValueError: the pooling or the mixer is unknown, or the stride below 1. A mixer for maps, such as "cross",
+            raises it when an image comes: tokens have no rows and columns.
     """
 
     pools = ("token", "avg", "")
@@ -125,7 +126,9 @@ class Vim(Plain):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        step = stride or patch_size
+        step = patch_size if stride is None else stride
+        if step < 1:
+            raise ValueError(f"stride must be at least 1; got {step}")
         rates = drop_path_rates((depth,), drop_path_rate)
         blocks = [VimBlock(dim, state=state, mixer=mixer, drop_path=next(rates)) for _ in range(depth)]
         super().__init__(
@@ -145,10 +148,13 @@ class Vim(Plain):
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid) + 1, dim))
         for embedding in (self.cls_token, self.pos_embed):
             trunc_normal_(embedding, std=0.02)
-        for name, parameter in self.blocks.named_parameters():
-            if name.endswith("out_proj.weight"):  # as released: what adds to the stream is scaled by the depth
-                with torch.no_grad():
-                    parameter.div_(math.sqrt(depth))
+        for (
+            block
+        ) in blocks:  # as released: what adds to the stream is scaled by the depth, Δ on the way back is not small
+            with torch.no_grad():
+                block.mixer.out_proj.weight.div_(math.sqrt(depth))
+            if isinstance(block.mixer.mixer, BothDirections):
+                nn.init.zeros_(block.mixer.mixer.back.scan.dt_bias)
 
     def embed(self, x: Tensor) -> Tensor:
         """Tokens of an image: patches row by row, the class token in the middle, the position embedding added."""
@@ -159,10 +165,12 @@ class Vim(Plain):
         return _insert(cls, x) + self._positions(grid)
 
     def _positions(self, grid: Sequence[int]) -> Tensor:
-        if tuple(grid) == self.grid:
+        if not torch.compiler.is_compiling() and tuple(grid) == self.grid:  # a compiled program serves every size
             return self.pos_embed
         cls, patches = _take(self.pos_embed)
-        return _insert(cls, resample_abs_pos_embed(patches, list(grid), list(self.grid), num_prefix_tokens=0))
+        wide = patches.to(torch.promote_types(patches.dtype, torch.float32)).unflatten(1, self.grid).permute(0, 3, 1, 2)
+        resampled = F.interpolate(wide, size=list(grid), mode="bicubic", antialias=True)
+        return _insert(cls, resampled.flatten(2).transpose(1, 2).to(patches.dtype))
 
     def take(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return _take(tokens)

@@ -15,8 +15,8 @@ channel mixer.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -30,16 +30,23 @@ __all__ = ["ViM2"]
 
 
 class Normed(nn.Module):
-    """mixer(norm(x)), dropped as a whole now and then in training; (b, h, w, c) -> (b, h, w, c)."""
+    """mixer(norm(x)); x itself for samples that stochastic depth spares the mixer. (b, h, w, c) -> (b, h, w, c).
+
+    There is no residual around a mixer here, so that a dropped output must not be 0.
+    """
 
     def __init__(self, dim: int, mixer: nn.Module, *, drop_path: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.mixer = mixer
-        self.drop_path = DropPath(drop_path)
+        self.rate = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop_path(self.mixer(self.norm(x)))
+        y = self.mixer(self.norm(x))
+        if self.training and self.rate:
+            spared = torch.rand(x.shape[0], 1, 1, 1, device=x.device) < self.rate
+            y = torch.where(spared, x, y)
+        return y
 
 
 class MixerStage(Stage):

@@ -24,6 +24,11 @@ class PerCell(nn.Module):
         self.scan = BothDirections(features, state=state, rank=1)
         self.lower = nn.Linear(features, 1)
 
+    def reset_parameters(self) -> None:
+        """PyTorch's initial values: those of a backbone's wide projections leave next to nothing of one number."""
+        self.lift.reset_parameters()
+        self.lower.reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.lower(self.scan(self.lift(x.flatten(0, -2)[..., None])))
         return y.squeeze(-1).view(x.shape)
