@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vision_ssm.tools.__main__ import COMMANDS
+from vision_ssm.tools.__main__ import COMMANDS, tool_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -169,7 +169,7 @@ def test_a_checkout_that_is_not_installed_says_what_to_do(checkout: Path) -> Non
 
 def test_tools_run_as_scripts(checkout: Path) -> None:
     """``python tools/train.py`` does the same as ``vision-ssm train``."""
-    scripts = [ROOT / "tools" / f"{command}.py" for command in COMMANDS]
+    scripts = [ROOT / "tools" / Path(str(tool_of(command).__file__)).name for command in COMMANDS]
     code = (
         "import runpy, sys\n"
         "for script in sys.argv[1:]:\n"
