@@ -1,7 +1,11 @@
 """Strict loading of official and own checkpoints: every key lands, or an error lists those that do not."""
 
 import pickle
-from collections.abc import Mapping
+import re
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +23,29 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _CONVERTERS = (vmamba, efficient_vmamba, vim)
 
+_SETTINGS = ("argparse.Namespace", "yacs.config.CfgNode")
+"""What training scripts put beside the weights. It is read into an inert dictionary, whether yacs is there or not."""
+
+_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    type(name, (), {"__module__": module, "__new__": lambda cls, *arguments: OrderedDict()})
+    for module, _, name in (path.rpartition(".") for path in _SETTINGS)
+]
+
+# What reading raises on bytes that are no checkpoint, or half of one: torch's unpickler lets through what it meets.
+_UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    struct.error,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 def convert(state_dict: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """An official checkpoint of the model ``name`` in our layout.
@@ -33,15 +60,9 @@ def convert(state_dict: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     Raises:
         ValueError: unknown model or layout, or keys missing, left over or of another shape; all are listed.
     """
-    if not _is_own(name):
-        known = ", ".join(_own_models())
-        raise ValueError(f"unknown model {name!r}; the models of this package are {known}")
+    require_own(name)
     ours = _to_ours(state_dict)
-    classifier = f"{get_pretrained_cfg_value(name, 'classifier')}.weight"
-    classes = ours[classifier].shape[0] if classifier in ours else 0
-    with torch.device("meta"):
-        model = timm.create_model(name, num_classes=classes)
-    _check(ours, model, name)
+    _check(ours, _shapes(name, classes(ours, name)), name)
     return ours
 
 
@@ -60,11 +81,51 @@ def load(model: Model, checkpoint: str | PathLike[str] | Mapping[str, Any]) -> M
         ValueError: the file cannot be read, or keys are missing, left over or of another shape; all are listed. The
             model is then unchanged.
     """
-    source = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
+    source = checkpoint if isinstance(checkpoint, Mapping) else read(Path(checkpoint))
     ours = _to_ours(source)
     _check(ours, model, type(model).__name__)
     model.load_state_dict(ours, strict=True)
     return model
+
+
+def identify(state_dict: Mapping[str, Any]) -> str:
+    """Name of the model that a checkpoint fits, whatever its classes; no two models of the package share their shapes.
+
+    Raises:
+        ValueError: it fits none.
+    """
+    ours = _to_ours(state_dict)
+    for name in _own_models():
+        if not misfits(ours, _shapes(name, classes(ours, name))):
+            return name
+    raise ValueError("the checkpoint fits no model of this package; name the one that you expect to see what differs")
+
+
+def require_own(name: str) -> None:
+    """Raises ValueError unless ``name`` is a model of this package."""
+    if not _is_own(name):
+        known = ", ".join(_own_models())
+        raise ValueError(f"unknown model {name!r}; the models of this package are {known}")
+
+
+def classes(state_dict: Mapping[str, Tensor], name: str) -> int:
+    """Classes of the classifier that a state dict in our layout has for the model ``name``; 0 without one."""
+    weight = state_dict.get(f"{get_pretrained_cfg_value(name, 'classifier')}.weight")
+    return weight.shape[0] if weight is not None and weight.dim() else 0
+
+
+def input_size(name: str) -> tuple[int, ...]:
+    """Channels, height and width of the images that the model ``name`` was trained on, or is meant for."""
+    config = timm.get_pretrained_cfg(name)
+    assert config is not None  # every model of the package has one
+    return config.input_size
+
+
+@cache
+def _shapes(name: str, num_classes: int) -> nn.Module:
+    """The model ``name`` without storage."""
+    with torch.device("meta"):
+        return timm.create_model(name, num_classes=num_classes)
 
 
 def _own_models() -> list[str]:
@@ -75,27 +136,51 @@ def _is_own(name: str) -> bool:
     return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("vision_ssm.")
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read(path: Path) -> Mapping[str, Any]:
+    """What a ``.safetensors`` or PyTorch file holds, on the CPU; never runs code that the file brings.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is truncated, no checkpoint, or holds objects beside tensors, built-in types and settings.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        source = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: {error}. It may be truncated, or hold more than tensors"
-        ) from error
+        with torch.serialization.safe_globals(_STAND_INS):
+            source = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {_reason(error)}") from error
     if not isinstance(source, Mapping):
         raise ValueError(f"{path} holds a {type(source).__name__}; a state dict or a dictionary around one is accepted")
     return source
 
 
+def _reason(error: Exception) -> str:
+    if refused := re.search(r"GLOBAL (\S+)", str(error)):
+        accepted = ", ".join(_SETTINGS)
+        return f"it holds {refused[1]}, which could run code; beside tensors and built-in types {accepted} are accepted"
+    return f"{str(error).partition(chr(10))[0] or type(error).__name__}. It may be truncated, or another kind of file"
+
+
+def is_official(source: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is laid out as one of the official projects does."""
+    return any(family.is_official(source) for family in _CONVERTERS)
+
+
+def to_ours(source: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An official state dict in our layout, not checked against a model; any other mapping as it is."""
+    return _to_ours(source) if is_official(source) else source
+
+
 def _to_ours(source: Mapping[str, Any]) -> dict[str, Tensor]:
+    items = unwrapped(source).items()
+    tensors = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
     for family in _CONVERTERS:
-        if family.is_official(source):
-            return family.convert(source)
-    return {key: value for key, value in unwrapped(source).items() if isinstance(value, Tensor)}
+        if family.is_official(tensors):
+            return family.convert(tensors)
+    return tensors
 
 
 def misfits(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, list[str]]:

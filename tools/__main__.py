@@ -23,6 +23,7 @@ COMMANDS = {
     "predict": "label a NIfTI volume",
     "benchmark": "time operators and models",
     "profile": "count parameters, multiply-adds and memory of models",
+    "zoo": "list, convert and verify published checkpoints",
 }
 
 _MODULES = {"profile": "profiling"}  # a profile.py beside the scripts would stand in for Python's own

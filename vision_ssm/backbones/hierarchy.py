@@ -6,7 +6,7 @@ that it ends on the feature map that timm's feature API hands out.
 
 # Shapes: b batch, c channels, h w grid.
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vision_ssm.layers import RoutedScan, pad_grid
 from vision_ssm.layers.channel_mixer import PerCell
+from vision_ssm.model_zoo.checkpoints import to_ours
 
 __all__ = ["Hierarchy", "PatchMerging2d", "Stage", "drop_path_rates", "norm2d", "patch_stem"]
 
@@ -91,6 +92,11 @@ class Hierarchy(nn.Module):
         self.norm: nn.Module = norm2d(self.num_features)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
         self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module's; the official layout is converted, so that timm's ``checkpoint_path`` accepts it."""
+        return super().load_state_dict(to_ours(state_dict), strict=strict, assign=assign)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

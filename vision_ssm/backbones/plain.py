@@ -2,7 +2,7 @@
 
 # Shapes: b batch, c channels, h w grid of patches, l tokens.
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from timm.layers import lecun_normal_, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+from vision_ssm.model_zoo.checkpoints import to_ours
 
 __all__ = ["Plain"]
 
@@ -76,6 +78,11 @@ class Plain(nn.Module):
         if name not in self.pools:
             raise ValueError(f"global_pool must be one of {self.pools}; got {name!r}")
         return name
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module's; the official layout is converted, so that timm's ``checkpoint_path`` accepts it."""
+        return super().load_state_dict(to_ours(state_dict), strict=strict, assign=assign)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

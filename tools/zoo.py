@@ -1,0 +1,71 @@
+"""List the published checkpoints, convert an official file to safetensors, or verify either.
+
+Examples:
+  vision-ssm zoo list
+  vision-ssm zoo list vim
+  vision-ssm zoo list 'vmamba_tiny*'
+  vision-ssm zoo convert vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba_tiny.safetensors
+  vision-ssm zoo verify vmamba_tiny.safetensors
+  vision-ssm zoo render --into README.md
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vision_ssm.tools.errors import debug_option, run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+
+    from rich.console import Console
+
+    from vision_ssm.engine import zoo
+
+    console = Console(highlight=False, markup=False)
+    if args.command == "list":
+        zoo.print_cards(console, zoo.find_cards(args.which))
+    elif args.command == "convert":
+        metadata = zoo.convert_file(args.source, args.target, model=args.model, overwrite=args.overwrite)
+        lines = (f"{key:14} {value}" for key, value in {"wrote": args.target, **metadata}.items())
+        console.print("\n".join(lines), soft_wrap=True)
+    elif args.command == "verify":
+        try:
+            console.print(zoo.verify_file(args.file, model=args.model).report(), soft_wrap=True)
+        except zoo.VerificationError as error:
+            sys.stderr.write(f"vision-ssm: verification failed: {' '.join(str(error).split())}\n")
+            return 1
+    else:
+        from vision_ssm.engine.models_table import fill
+
+        fill(args.document)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="vision-ssm zoo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[debug_option()],
+    )
+    commands = p.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="what was published, and where")
+    listing.add_argument("which", nargs="?", default="*", metavar="NAME", help="family, or pattern of model names")
+    converting = commands.add_parser("convert", help="official file to safetensors")
+    converting.add_argument("source", type=Path, metavar="OFFICIAL", help="file of the authors' release")
+    converting.add_argument("target", type=Path, metavar="OUT", help="new .safetensors file")
+    converting.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    verifying = commands.add_parser("verify", help="check hash, keys and a forward pass; status 1 if one fails")
+    verifying.add_argument("file", type=Path, metavar="FILE", help="official or converted file")
+    for command in (converting, verifying):
+        command.add_argument("--model", help="timm name; by default the one that the file is for")
+    rendering = commands.add_parser("render", help="fill in the table of models of a document")
+    rendering.add_argument("--into", dest="document", type=Path, required=True, help="document with a models block")
+    return p
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
