@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checks import compute_dtype
 from ..routes import Routes
 from ..selective_scan.gpu import TRITON_DTYPE
+from . import gpu_blocks
 from .gpu_kernels import apply_kernel, carry_kernel, gradient_kernel, summary_kernel
 from .gpu_plan import AXES, FIELDS, Plan, ceil_div, launches, plan
 
@@ -186,6 +187,8 @@ def forward(
 ) -> Tensor:
     """See :func:`vision_ssm.kernels.routed_scan.op.routed_scan`."""
     x, low_rank, dt_weight, dt_bias, A, D = (m.contiguous() for m in (x, low_rank, dt_weight, dt_bias, A, D))
+    if gpu_blocks.serves(x, low_rank, dt_weight, A):
+        return gpu_blocks.forward(x, low_rank, dt_weight, dt_bias, A, D, routes)
     call = _call(x, dt_weight, A, routes, backward=False)
     low_rank = call.operand(low_rank)
     y = call.result(x)
@@ -215,6 +218,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients by x, low_rank, dt_weight, dt_bias, A and D, each in the dtype of its tensor."""
     dy, x, low_rank, dt_weight, dt_bias, A, D = (m.contiguous() for m in (dy, x, low_rank, dt_weight, dt_bias, A, D))
+    if gpu_blocks.serves(x, low_rank, dt_weight, A):
+        return gpu_blocks.backward(dy, x, low_rank, dt_weight, dt_bias, A, D, routes)
     weights = dt_weight, dt_bias, A, D
     call = _call(x, dt_weight, A, routes, backward=True)
     dx, dlow_rank = call.result(x), torch.empty_like(low_rank)

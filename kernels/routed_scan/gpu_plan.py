@@ -1,7 +1,6 @@
 """How the GPU walks a grid: the routes as a table that kernels read, and which routes go together."""
 
 import math
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -55,18 +54,20 @@ def plan(routes: Routes, grid: tuple[int, ...], pieces: int, device: torch.devic
         length = ceil_div(sizes[2], max(1, min(pieces, sizes[2] // _SHORTEST)))
         runs = sizes[0] * sizes[1] * ceil_div(sizes[2], length)
         rows.append((*sizes[1:], *steps, first, runs, length, int(routes[k].reverse), k))
-    return Plan(_kept(rows, device), max(row[6] for row in rows), max(row[7] for row in rows))
+    return Plan(
+        kept(torch.tensor(rows, dtype=torch.int64), device), max(row[6] for row in rows), max(row[7] for row in rows)
+    )
 
 
-def _kept(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """A tensor that outlives the call. Memory that a thread allocates while it records a CUDA graph belongs to that
-    graph, so another thread allocates it."""
+def kept(table: Tensor, device: torch.device) -> Tensor:
+    """A copy on ``device`` that outlives the call. Memory that a thread allocates while it records a CUDA graph belongs
+    to that graph, so another thread allocates it."""
 
     def make() -> Tensor:
-        table = torch.tensor(rows, dtype=torch.int64, device=device)
+        copy = table.to(device)
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
-        return table
+        return copy
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(make).result()

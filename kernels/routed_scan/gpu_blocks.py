@@ -1,0 +1,312 @@
+"""Routed scan of half-precision maps on NVIDIA GPUs: launches the Gluon kernels, which walk routes in blocks.
+
+``gpu.py`` asks :func:`serves` and takes its own kernels for all else. With enough samples, channels and routes a route
+is one walk; with fewer it is cut into segments, which are walked side by side and joined by a scan of what they carry.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..routes import Route, Routes, index_table
+from .gpu_plan import ceil_div, kept, launches
+
+try:
+    from .gluon_blocks import STEPS
+    from .gluon_kernels import carry_kernel, gradient_kernel, merge_kernel, pair_kernel, walk_kernel
+
+    HAS_GLUON = True
+except (ImportError, AttributeError):  # a Triton before 3.6
+    HAS_GLUON = False
+
+_SCRATCH = {"forward": 256 * 2**20, "backward": 416 * 2**20}
+"""Bytes of scratch memory; a batch that needs more is done in parts."""
+
+_WALKS = 4
+"""Warps per multiprocessor from which on routes are not cut; with fewer, they are cut to have twice as many."""
+
+_PIECES = 12
+"""Warps per multiprocessor that the blocks of a pair are shared out to."""
+
+_SHORTEST = 64
+"""Steps of a segment at least."""
+
+
+@cache
+def _capable(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def serves(x: Tensor, low_rank: Tensor, dt_weight: Tensor, A: Tensor) -> bool:
+    """Whether these kernels take such a call: half-precision maps whose rows are copied 16 bytes at a time, and columns
+    of Δ, B and C at least 4."""
+    rank, state, channels = dt_weight.shape[-1], A.shape[-1], x.shape[-1]
+    return (
+        HAS_GLUON
+        and x.is_cuda
+        and x.dtype == low_rank.dtype
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and A.dtype != torch.float64
+        and channels % 8 == 0
+        and rank % 2 == 0
+        and (state == 1 or state % 2 == 0)
+        and rank + 2 * (state == 1) <= 64
+        and state <= 64
+        and x[0].numel() < 2**31
+        and low_rank[0].numel() < 2**31
+        and _capable(x.device)
+    )
+
+
+@cache
+def order_table(routes: Routes, grid: tuple[int, ...], steps: int, device: torch.device) -> Tensor:
+    """The cell of each step, (k, steps) int32; -1 where there is none: at the end, or in front of a reversed route."""
+    index = index_table(routes, grid, torch.device("cpu"))
+    table = torch.full((len(routes), steps), -1, dtype=torch.int32)
+    for row, order, route in zip(table, index, routes, strict=True):
+        row[slice(steps - len(order), None) if route.reverse else slice(len(order))] = order
+    return kept(table, device)
+
+
+def pairs(routes: Routes, grid: tuple[int, ...]) -> list[tuple[int, int]] | None:
+    """Each route with its reverse, by index, if all have one and each pair visits the whole grid; None otherwise."""
+    paths: dict[tuple[object, ...], dict[bool, int]] = {}
+    for k, route in enumerate(routes):
+        paths.setdefault((route.axes, route.stride, route.offset), {})[route.reverse] = k
+    if 2 * len(paths) != len(routes) or any(len(path) != 2 for path in paths.values()):
+        return None
+    return [(path[False], path[True]) for path in paths.values()] if _whole(routes[0], grid) else None
+
+
+def _whole(route: Route, grid: tuple[int, ...]) -> bool:
+    return route.length(grid) == math.prod(grid)
+
+
+class _Part(NamedTuple):
+    """Samples that go together, and the routes cut for them."""
+
+    samples: slice
+    count: int
+    segments: int
+    segment: int
+    piece: int
+    order: Tensor
+
+
+class _Call:
+    """What a forward or a backward needs besides its tensors."""
+
+    def __init__(
+        self, shape: torch.Size, device: torch.device, rank: int, state: int, routes: Routes, backward: bool
+    ) -> None:
+        batch, *axes, channels = shape
+        grid = tuple(axes)
+        self.routes, self.channels, self.rank, self.state = len(routes), channels, rank, state
+        self.cells, self.length, self.width = math.prod(grid), routes[0].length(grid), rank + 2 * state
+        self.columns = self.routes * self.width
+        self.weights = [self.routes * channels * size for size in (rank, 1, state, 1)]  # of dt_weight, dt_bias, A, D
+
+        found = launches(routes, grid)
+        self.direct = len(found) == 1 and found[0].routes == 1  # no cell is visited twice
+        self.full = all(launch.full for launch in found)
+        self.whole = _whole(routes[0], grid)
+        self.pairs = None if backward or state > 1 else pairs(routes, grid)
+
+        self.warps = 2 if state == 1 and channels % 64 == 0 else 1
+        block_d = 32 * self.warps
+        self.blocks = ceil_div(channels, block_d)
+        self.constants = {
+            "RANK": rank,
+            "STATE": state,
+            "R": max(16, triton.next_power_of_2(rank + 2 * (state == 1))),
+            "N": 1 if state == 1 else max(16, triton.next_power_of_2(state)),
+            "D": block_d,
+            "ALIGN": math.gcd(8, self.width if state == 1 else math.gcd(rank, state)),
+            "W": self.warps,
+            "num_warps": self.warps,
+        }
+        self.parts = list(self._cut(batch, grid, routes, device, backward))
+
+    def _cut(
+        self, batch: int, grid: tuple[int, ...], routes: Routes, device: torch.device, backward: bool
+    ) -> Iterator[_Part]:
+        """Parts of the batch within the scratch memory, and for each the segments that fill the device."""
+        cells = self.cells * self.channels
+        maps = 0 if self.direct else self.routes
+        if self.pairs:
+            maps = int(len(self.pairs) > 1)
+        floats = maps * cells
+        if backward or self.pairs:
+            floats += self.routes * ceil_div(self.length, STEPS) * self.state * self.channels
+        if backward and self.blocks > 1:
+            floats += self.blocks * self.cells * self.columns
+        scratch = _SCRATCH["backward" if backward else "forward"]
+        size = ceil_div(batch, min(batch, max(1, ceil_div(4 * floats * batch, scratch))))
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        for first in range(0, batch, size):
+            samples = slice(first, min(first + size, batch))
+            count = samples.stop - samples.start
+            warps = count * self.blocks * self.warps
+            walks, wanted = warps * self.routes, _WALKS * multiprocessors
+            pieces = 1 if walks >= wanted else min(ceil_div(2 * wanted, walks), ceil_div(self.length, _SHORTEST))
+            segment = ceil_div(ceil_div(self.length, pieces), STEPS) * STEPS
+            segments = ceil_div(self.length, segment)
+            piece = max(4, segments * segment // STEPS // ceil_div(_PIECES * multiprocessors, warps))
+            order = order_table(routes, grid, segments * segment, device)
+            yield _Part(samples, count, segments, segment, piece, order)
+
+    def walks(self, part: _Part) -> tuple[int, int]:
+        return part.count * part.segments * self.blocks, self.routes
+
+    def sizes(self, part: _Part) -> tuple[int, ...]:
+        return self.cells, self.channels, self.columns, part.segment, part.segments
+
+    def per_segment(self, part: _Part, like: Tensor, *sizes: int) -> Tensor:
+        """Scratch memory for each segment of each route; where routes are not cut, kernels do not look at it."""
+        if part.segments == 1:
+            return like
+        return like.new_empty(self.routes, part.count * part.segments, *sizes, self.channels)
+
+    def carry(self, part: _Part, total: Tensor, state: Tensor, A: Tensor, *, back: bool) -> None:
+        block_s = min(128, max(2, triton.next_power_of_2(part.segments)))
+        grid = (self.routes * part.count * self.state * ceil_div(self.channels, 32),)
+        carry_kernel[grid](
+            total, state, A, part.segments, self.channels, self.state, part.count, self.routes,
+            BACK=back, BLOCK_S=block_s, BLOCK_D=32, num_warps=4 if block_s > 32 else 1,
+        )  # fmt: skip
+
+
+_cached_call = lru_cache(maxsize=1024)(_Call)
+
+
+def _call(x: Tensor, dt_weight: Tensor, A: Tensor, routes: Routes, *, backward: bool) -> _Call:
+    return _cached_call(x.shape, x.device, dt_weight.shape[-1], A.shape[-1], routes, backward)
+
+
+def _merge(parts: Tensor, out: Tensor) -> None:
+    merge_kernel[(ceil_div(out.numel(), 1024),)](parts, out, parts.shape[0], out.numel(), BLOCK=1024, num_warps=4)
+
+
+def forward(
+    x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Routes
+) -> Tensor:
+    """See :func:`vision_ssm.kernels.routed_scan.op.routed_scan`; all tensors contiguous."""
+    call = _call(x, dt_weight, A, routes, backward=False)
+    y = torch.empty_like(x) if call.full else torch.zeros_like(x)
+    A = A.float().permute(2, 0, 1).contiguous()  # (n, k, c)
+    for part in call.parts:
+        maps = (m[part.samples] for m in (x, low_rank, y))
+        (_forward_pairs if call.pairs else _forward)(call, part, *maps, dt_weight, dt_bias, A, D)
+    return y
+
+
+def _forward(
+    call: _Call, part: _Part, x: Tensor, low_rank: Tensor, y: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor,
+    D: Tensor,
+) -> None:  # fmt: skip
+    """Every route by itself."""
+    total, state = call.per_segment(part, A), call.per_segment(part, A, call.state)
+    partial = y if call.direct else x.new_empty(call.routes, *y.shape, dtype=torch.float32)
+    if not (call.direct or call.whole):
+        partial.zero_()
+    split = part.segments > 1
+    for output in (False, True) if split else (True,):
+        walk_kernel[call.walks(part)](
+            x, x, low_rank, dt_weight, dt_bias, A, D, part.order, state, total, state, state, state, state, partial,
+            *call.sizes(part), OUTPUT=output, TRACE=False, ADJOINT=False, PARTIAL=not call.direct, SPLIT=split,
+            **call.constants,
+        )  # fmt: skip
+        if not output:
+            call.carry(part, total, state, A, back=False)
+    if not call.direct:
+        _merge(partial, y)
+
+
+def _forward_pairs(
+    call: _Call, part: _Part, x: Tensor, low_rank: Tensor, y: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor,
+    D: Tensor,
+) -> None:  # fmt: skip
+    """Each route and its reverse together, from the states before each block, pair after pair."""
+    assert call.pairs is not None
+    history, prefix, state, _ = _trace(call, part, x, None, low_rank, dt_weight, dt_bias, A, D)
+    partial = A if len(call.pairs) == 1 else x.new_empty(x.shape, dtype=torch.float32)
+    pieces = ceil_div(part.segments * part.segment // STEPS, part.piece)
+    constants = {name: value for name, value in call.constants.items() if name not in ("STATE", "N")}
+    for place, (ahead, back) in enumerate(call.pairs):
+        pair_kernel[(part.count * pieces * call.blocks,)](
+            x, low_rank, dt_weight, dt_bias, A, D, part.order, state, history, prefix, partial, y,
+            *call.sizes(part), ahead, back, part.piece,
+            ADD=place > 0, LAST=place == len(call.pairs) - 1, SPLIT=part.segments > 1, **constants,
+        )  # fmt: skip
+
+
+def _trace(
+    call: _Call, part: _Part, x: Tensor, dy: Tensor | None, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor,
+    A: Tensor, D: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The state that a segment of its own has before each block, and ΣΔ up to it; what comes into each segment: the
+    state and, given ``dy``, the gradient from behind."""
+    split = part.segments > 1
+    rows, blocks = part.count * part.segments, part.segment // STEPS
+    history = x.new_empty(call.routes, rows, blocks, call.state, call.channels, dtype=torch.float32)
+    prefix = call.per_segment(part, A, blocks)
+    total, state = call.per_segment(part, A), call.per_segment(part, A, call.state)
+    adjoint = state if dy is None else call.per_segment(part, A, call.state)
+    walk_kernel[call.walks(part)](
+        x, x if dy is None else dy, low_rank, dt_weight, dt_bias, A, D, part.order, state, total, state, adjoint,
+        history, prefix, x, *call.sizes(part), OUTPUT=False, TRACE=True, ADJOINT=split and dy is not None,
+        PARTIAL=False, SPLIT=split, **call.constants,
+    )  # fmt: skip
+    if split:
+        call.carry(part, total, state, A, back=False)
+        if dy is not None:
+            call.carry(part, total, adjoint, A, back=True)
+    return history, prefix, state, adjoint
+
+
+def backward(
+    dy: Tensor, x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Routes
+) -> tuple[Tensor, ...]:
+    """Gradients by x, low_rank, dt_weight, dt_bias, A and D, each in the dtype of its tensor; all contiguous."""
+    call = _call(x, dt_weight, A, routes, backward=True)
+    weights = dt_weight, dt_bias, A, D
+    dx = torch.empty_like(x) if call.full else torch.zeros_like(x)
+    dlow_rank = torch.empty_like(low_rank) if call.whole else torch.zeros_like(low_rank)
+    A = A.float().permute(2, 0, 1).contiguous()  # (n, k, c)
+    sums = x.new_empty(len(call.parts), sum(call.weights), dtype=torch.float32)
+    for row, part in zip(sums, call.parts, strict=True):
+        maps = (m[part.samples] for m in (dy, x, low_rank, dx, dlow_rank))
+        torch.sum(_backward(call, part, *maps, dt_weight, dt_bias, A, D), 0, out=row)
+    grads = torch.ops.aten.split_with_sizes_copy(sums.sum(0) if len(sums) > 1 else sums[0], call.weights)
+    return dx, dlow_rank, *(grad.view(m.shape).to(m.dtype) for grad, m in zip(grads, weights, strict=True))
+
+
+def _backward(
+    call: _Call, part: _Part, dy: Tensor, x: Tensor, low_rank: Tensor, dx: Tensor, dlow_rank: Tensor,
+    dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+) -> Tensor:  # fmt: skip
+    """Writes a part of the batch; returns the gradients of the weights, one row for each segment."""
+    history, prefix, state, adjoint = _trace(call, part, x, dy, low_rank, dt_weight, dt_bias, A, D)
+    partial = dx if call.direct else x.new_empty(call.routes, *dx.shape, dtype=torch.float32)
+    dlow = dlow_rank
+    if call.blocks > 1:
+        dlow = x.new_empty(call.blocks, *low_rank.shape, dtype=torch.float32)
+    if not call.whole:
+        if not call.direct:
+            partial.zero_()
+        dlow.zero_()
+    dweights = x.new_empty(part.count * part.segments, sum(call.weights), dtype=torch.float32)
+    gradient_kernel[call.walks(part)](
+        dy, x, low_rank, dt_weight, dt_bias, A, D, part.order, state, history, prefix, adjoint, partial, dlow, dweights,
+        *call.sizes(part), PARTIAL=not call.direct, SPLIT=part.segments > 1, **call.constants,
+    )  # fmt: skip
+    if not call.direct:
+        _merge(partial, dx)
+    if dlow is not dlow_rank:
+        _merge(dlow, dlow_rank)
+    return dweights
