@@ -15,7 +15,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from vision_ssm.layers import SS2D, RoutedScan
 from vision_ssm.layers.mixers import Mixer
 from vision_ssm.model_zoo.converters import efficient_vmamba as upstream
 
-from .hierarchy import Hierarchy, PatchMerging2d, Stage, drop_path_rates, patch_stem
+from .hierarchy import Hierarchy, PatchMerging2d, Stage, build_hierarchy, drop_path_rates, patch_stem
 
 __all__ = ["EfficientVMamba"]
 
@@ -167,13 +167,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **config: Any) -> EfficientVMamba:
-    return build_model_with_cfg(
-        EfficientVMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **{**config, **kwargs},
+    return build_hierarchy(
+        EfficientVMamba, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **{**config, **kwargs}
     )
 
 

@@ -8,11 +8,11 @@ that it ends on the feature map that timm's feature API hands out.
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import ClassifierHead, LayerNorm2d, trunc_normal_
-from timm.models import checkpoint
+from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from vision_ssm.layers import RoutedScan, pad_grid
 from vision_ssm.layers.channel_mixer import PerCell
 from vision_ssm.model_zoo.checkpoints import to_ours
 
-__all__ = ["Hierarchy", "PatchMerging2d", "Stage", "drop_path_rates", "norm2d", "patch_stem"]
+__all__ = ["Hierarchy", "PatchMerging2d", "Stage", "build_hierarchy", "drop_path_rates", "norm2d", "patch_stem"]
+
+Backbone = TypeVar("Backbone", bound="Hierarchy")
 
 norm2d = partial(LayerNorm2d, eps=1e-5)
 
@@ -194,3 +196,27 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, (RoutedScan, PerCell)):  # children come first: undo the above inside a scan
         module.reset_parameters()
+
+
+def build_hierarchy(
+    cls: type[Backbone], variant: str, pretrained: bool, *, output_stride: int = 32, **kwargs: Any
+) -> Backbone:
+    """timm's builder, for a backbone of four stages.
+
+    Args:
+        cls: the backbone.
+        variant: its timm name.
+        pretrained: load the weights of its configuration.
+        output_stride: 32; other libraries ask for 8 or 16 where they want dilated convolutions.
+        **kwargs: arguments of ``build_model_with_cfg`` and of the backbone.
+
+    Raises:
+        ValueError: another ``output_stride``.
+    """
+    if output_stride != 32:
+        raise ValueError(
+            f"{variant} has no dilated form: only output_stride=32 is accepted; got output_stride={output_stride}. "
+            "Leave out the last stages with out_indices for finer maps"
+        )
+    feature_cfg = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
+    return build_model_with_cfg(cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vision_ssm.layers import SS2D
 from vision_ssm.layers.channel_mixer import ChannelMixer, WeightedAverage
 from vision_ssm.layers.mixers import Mixer
 
-from .hierarchy import Hierarchy, PatchMerging2d, Stage, drop_path_rates, patch_stem
+from .hierarchy import Hierarchy, PatchMerging2d, Stage, build_hierarchy, drop_path_rates, patch_stem
 
 __all__ = ["ViM2"]
 
@@ -173,13 +173,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **config: Any) -> ViM2:
-    return build_model_with_cfg(
-        ViM2,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **{**config, **kwargs},
-    )
+    return build_hierarchy(ViM2, variant, pretrained, **{**config, **kwargs})
 
 
 @register_model

@@ -17,14 +17,14 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vision_ssm.layers import SS2D
 from vision_ssm.layers.mixers import Mixer
 from vision_ssm.model_zoo.converters import vmamba as upstream
 
-from .hierarchy import Hierarchy, PatchMerging2d, Stage, drop_path_rates, norm2d, patch_stem
+from .hierarchy import Hierarchy, PatchMerging2d, Stage, build_hierarchy, drop_path_rates, norm2d, patch_stem
 
 __all__ = ["VMamba"]
 
@@ -173,13 +173,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **config: Any) -> VMamba:
-    return build_model_with_cfg(
-        VMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **{**config, **kwargs},
+    return build_hierarchy(
+        VMamba, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **{**config, **kwargs}
     )
 
 
