@@ -245,16 +245,36 @@ def cells_of(cells, i, layout: gl.constexpr):
 
 
 @gluon.jit
-def state_before(
-    history, prefix, start, k, parts, part, block, SEGMENT, CHANNELS, decay, o_d, m_d, SPLIT: gl.constexpr
-):
-    """The state before a block [D]: what its segment left behind, and what came into the segment, decayed."""
-    row = (k.to(gl.int64) * parts + part) * (SEGMENT // T) + block
-    h = gl.load(history + row * CHANNELS + o_d, m_d, 0.0)
+def fetch_before(
+    tiles, slot, sources, row, segment, CHANNELS, d0, left, SPLIT: gl.constexpr, W: gl.constexpr
+):  # fmt: skip
+    """Starts the copy of what ``state_before`` needs: the state that a segment of its own has before a block and, if
+    routes are cut, ΣΔ up to it and the state that comes into the segment."""
+    history, prefix, start = sources
+    fetch_states(tiles[0].index(slot), history + row * CHANNELS + d0, CHANNELS, 1, left, W)
     if SPLIT:
-        into = gl.load(start + (k.to(gl.int64) * parts + part) * CHANNELS + o_d, m_d, 0.0)
-        h += gl.exp2(gl.load(prefix + row * CHANNELS + o_d, m_d, 0.0) * decay) * into
+        fetch_states(tiles[1].index(slot), prefix + row * CHANNELS + d0, CHANNELS, 1, left, W)
+        fetch_states(tiles[2].index(slot), start + segment * CHANNELS + d0, CHANNELS, 1, left, W)
+
+
+@gluon.jit
+def state_before(tiles, slot, decay, SPLIT: gl.constexpr, W: gl.constexpr):
+    """The state before a block [D]: what its segment left behind, and what came into the segment, decayed."""
+    h = gl.sum(tiles[0].index(slot).load(by_columns(W)), axis=0)
+    if SPLIT:
+        since = gl.sum(tiles[1].index(slot).load(by_columns(W)), axis=0)
+        h += gl.exp2(since * decay) * gl.sum(tiles[2].index(slot).load(by_columns(W)), axis=0)
     return h
+
+
+@gluon.jit
+def room_before(D: gl.constexpr):
+    """Shared memory for ``fetch_before``."""
+    return (
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, D], shared([1, 0])),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, D], shared([1, 0])),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, D], shared([1, 0])),
+    )
 
 
 @gluon.jit

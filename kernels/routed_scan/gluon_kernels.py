@@ -34,6 +34,7 @@ from .gluon_blocks import (
     by_rows,
     cells_of,
     direction,
+    fetch_before,
     fetch_cells,
     fetch_inputs,
     fetch_rows,
@@ -46,6 +47,7 @@ from .gluon_blocks import (
     projection,
     raw_step,
     retreat,
+    room_before,
     send_back,
     shared,
     softplus2,
@@ -235,15 +237,16 @@ def pair_kernel(
     shift_back = gl.load(bias + back0 + o_dm, o_dm < left, 0.0).to(gl.float32) * LOG2E
     decay_ahead = gl.load(A + ahead0 + o_d, m_d, 0.0)
     decay_back = gl.load(A + back0 + o_d, m_d, 0.0)
-    skip = gl.load(skips + ahead0 + o_d, m_d, 0.0).to(gl.float32) + gl.load(skips + back0 + o_d, m_d, 0.0).to(
-        gl.float32
-    )
+    skip = gl.load(skips + ahead0 + o_d, m_d, 0.0).to(gl.float32)
+    skip += gl.load(skips + back0 + o_d, m_d, 0.0).to(gl.float32)
 
     cells = gl.allocate_shared_memory(gl.int32, [SLOTS, T], shared([0]))
     xs = gl.allocate_shared_memory(half, [STAGES, T, D], shared([1, 0]))
     lows_ahead = gl.allocate_shared_memory(half, [STAGES, T, R], shared([1, 0]))
     lows_back = gl.allocate_shared_memory(half, [STAGES, T, R], shared([1, 0]))
     olds = gl.allocate_shared_memory(gl.float32, [STAGES, T, D], shared([1, 0]))
+    before_ahead, before_back = room_before(D), room_before(D)
+    sources = history, prefix, start
     begin = piece * PIECE
     end = gl.minimum(begin + PIECE, count)
     for i in gl.static_range(SLOTS - 2):
@@ -258,19 +261,20 @@ def pair_kernel(
         fetch_rows(lows_back.index(slot_a), low_rank + BACK * (RANK + 2), cells_a, columns, RANK + 2, ALIGN, W)
         if ADD:
             fetch_rows(olds.index(slot_a), partial, cells_a, CHANNELS, left, 4, W)
+        block = gl.minimum(begin + ahead, count - 1)
+        segment, within = block // per_segment, block % per_segment
+        segment_ahead = AHEAD.to(gl.int64) * parts + sample * SEGMENTS + segment
+        segment_back = BACK.to(gl.int64) * parts + (sample + 1) * SEGMENTS - 1 - segment
+        row_ahead = segment_ahead * per_segment + within
+        row_back = (segment_back + 1) * per_segment - 1 - within
+        fetch_before(before_ahead, slot_a, sources, row_ahead, segment_ahead, CHANNELS, d0, left, SPLIT, W)
+        fetch_before(before_back, slot_a, sources, row_back, segment_back, CHANNELS, d0, left, SPLIT, W)
         fetch_cells(cells, ahead + STAGES - 1, order, gl.minimum(begin + ahead + STAGES - 1, count - 1), W)
         async_copy.commit_group()
         if i >= 0:
-            slot, block = i % STAGES, begin + i
-            segment, within = block // per_segment, block % per_segment
-            h_ahead = state_before(
-                history, prefix, start, AHEAD, parts, sample * SEGMENTS + segment, within,
-                SEGMENT, CHANNELS, decay_ahead, d0 + o_d, m_d, SPLIT,
-            )  # fmt: skip
-            h_back = state_before(
-                history, prefix, start, BACK, parts, (sample + 1) * SEGMENTS - 1 - segment, per_segment - 1 - within,
-                SEGMENT, CHANNELS, decay_back, d0 + o_d, m_d, SPLIT,
-            )  # fmt: skip
+            slot = i % STAGES
+            h_ahead = state_before(before_ahead, slot, decay_ahead, SPLIT, W)
+            h_back = state_before(before_back, slot, decay_back, SPLIT, W)
             u = xs.index(slot).load(L).to(gl.float32)
             out = u * skip[None, :]
             out += direction(lows_ahead, slot, u, cells, i, w_ahead, shift_ahead, decay_ahead, h_ahead, RANK, False, W)

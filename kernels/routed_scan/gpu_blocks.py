@@ -5,9 +5,9 @@ is one walk; with fewer it is cut into segments, which are walked side by side a
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,8 +24,8 @@ try:
 except (ImportError, AttributeError):  # a Triton before 3.6
     HAS_GLUON = False
 
-_SCRATCH = {"forward": 256 * 2**20, "backward": 416 * 2**20}
-"""Bytes of scratch memory; a batch that needs more is done in parts."""
+_SCRATCH = {"forward": 320 * 2**20, "backward": 512 * 2**20}
+"""Bytes of scratch memory, twice as many for several states; a batch that needs more is done in parts."""
 
 _WALKS = 4
 """Warps per multiprocessor from which on routes are not cut; with fewer, they are cut to have twice as many."""
@@ -98,12 +98,44 @@ class _Part(NamedTuple):
     order: Tensor
 
 
+class _Launcher:
+    """Launches one kernel with arguments that differ in their tensors only.
+
+    Triton works out at each launch which of its compiled programs fits the arguments, which takes longer than the
+    kernels of small maps. Here all that it looks at is fixed but the tensors' alignment, so the program of the first
+    launch is kept for tensors that are aligned like those of the first.
+    """
+
+    def __init__(self, function: Any, grid: tuple[int, ...], constants: Mapping[str, Any]) -> None:
+        self.function, self.constants = function, constants
+        self.grid = grid + (1,) * (3 - len(grid))
+        self.program: Any = None
+
+    def __call__(self, *args: Any) -> None:
+        aligned = all(m.data_ptr() % 16 == 0 for m in args if isinstance(m, Tensor))
+        if self.program is None or not aligned:
+            program = self.function[self.grid](*args, **self.constants)
+            if aligned:
+                names = self.function.arg_names[len(args) :]
+                self.program, self.rest = program[self.grid], tuple(self.constants[name] for name in names)
+        else:
+            self.program(*args, *self.rest)
+
+
 class _Call:
     """What a forward or a backward needs besides its tensors."""
 
     def __init__(
-        self, shape: torch.Size, device: torch.device, rank: int, state: int, routes: Routes, backward: bool
+        self,
+        shape: torch.Size,
+        dtypes: tuple[torch.dtype, ...],
+        device: torch.device,
+        rank: int,
+        state: int,
+        routes: Routes,
+        backward: bool,
     ) -> None:
+        self.launchers: dict[tuple[object, ...], _Launcher] = {}
         batch, *axes, channels = shape
         grid = tuple(axes)
         self.routes, self.channels, self.rank, self.state = len(routes), channels, rank, state
@@ -128,7 +160,6 @@ class _Call:
             "D": block_d,
             "ALIGN": math.gcd(8, self.width if state == 1 else math.gcd(rank, state)),
             "W": self.warps,
-            "num_warps": self.warps,
         }
         self.parts = list(self._cut(batch, grid, routes, device, backward))
 
@@ -145,7 +176,7 @@ class _Call:
             floats += self.routes * ceil_div(self.length, STEPS) * self.state * self.channels
         if backward and self.blocks > 1:
             floats += self.blocks * self.cells * self.columns
-        scratch = _SCRATCH["backward" if backward else "forward"]
+        scratch = _SCRATCH["backward" if backward else "forward"] * min(2, self.state)
         size = ceil_div(batch, min(batch, max(1, ceil_div(4 * floats * batch, scratch))))
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         for first in range(0, batch, size):
@@ -159,6 +190,25 @@ class _Call:
             piece = max(4, segments * segment // STEPS // ceil_div(_PIECES * multiprocessors, warps))
             order = order_table(routes, grid, segments * segment, device)
             yield _Part(samples, count, segments, segment, piece, order)
+
+    def launch(self, part: _Part, kernel: Any, grid: tuple[int, ...], *args: Any, **flags: bool) -> None:
+        """``flags`` are the kernel's own constants, in a fixed order; the call's are known."""
+        key = (kernel, part.samples.start, *flags.values())
+        launcher = self.launchers.get(key)
+        if launcher is None:
+            constants = {name: value for name, value in self.constants.items() if name in kernel.arg_names}
+            constants.update(flags, num_warps=self.warps)
+            launcher = self.launchers[key] = _Launcher(kernel, grid, constants)
+        launcher(*args)
+
+    def merge(self, part: _Part, parts: Tensor, out: Tensor) -> None:
+        """The sum of ``parts`` over their first axis."""
+        key = merge_kernel, part.samples.start, out.dtype, out.shape
+        launcher = self.launchers.get(key)
+        if launcher is None:
+            constants = {"BLOCK": 1024, "num_warps": 4}
+            launcher = self.launchers[key] = _Launcher(merge_kernel, (ceil_div(out.numel(), 1024),), constants)
+        launcher(parts, out, parts.shape[0], out.numel())
 
     def walks(self, part: _Part) -> tuple[int, int]:
         return part.count * part.segments * self.blocks, self.routes
@@ -184,19 +234,18 @@ class _Call:
 _cached_call = lru_cache(maxsize=1024)(_Call)
 
 
-def _call(x: Tensor, dt_weight: Tensor, A: Tensor, routes: Routes, *, backward: bool) -> _Call:
-    return _cached_call(x.shape, x.device, dt_weight.shape[-1], A.shape[-1], routes, backward)
-
-
-def _merge(parts: Tensor, out: Tensor) -> None:
-    merge_kernel[(ceil_div(out.numel(), 1024),)](parts, out, parts.shape[0], out.numel(), BLOCK=1024, num_warps=4)
+def _call(
+    x: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Routes, *, backward: bool
+) -> _Call:
+    dtypes = x.dtype, dt_weight.dtype, dt_bias.dtype, D.dtype
+    return _cached_call(x.shape, dtypes, x.device, dt_weight.shape[-1], A.shape[-1], routes, backward)
 
 
 def forward(
     x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Routes
 ) -> Tensor:
     """See :func:`vision_ssm.kernels.routed_scan.op.routed_scan`; all tensors contiguous."""
-    call = _call(x, dt_weight, A, routes, backward=False)
+    call = _call(x, dt_weight, dt_bias, A, D, routes, backward=False)
     y = torch.empty_like(x) if call.full else torch.zeros_like(x)
     A = A.float().permute(2, 0, 1).contiguous()  # (n, k, c)
     for part in call.parts:
@@ -216,15 +265,15 @@ def _forward(
         partial.zero_()
     split = part.segments > 1
     for output in (False, True) if split else (True,):
-        walk_kernel[call.walks(part)](
+        call.launch(
+            part, walk_kernel, call.walks(part),
             x, x, low_rank, dt_weight, dt_bias, A, D, part.order, state, total, state, state, state, state, partial,
             *call.sizes(part), OUTPUT=output, TRACE=False, ADJOINT=False, PARTIAL=not call.direct, SPLIT=split,
-            **call.constants,
         )  # fmt: skip
         if not output:
             call.carry(part, total, state, A, back=False)
     if not call.direct:
-        _merge(partial, y)
+        call.merge(part, partial, y)
 
 
 def _forward_pairs(
@@ -236,12 +285,12 @@ def _forward_pairs(
     history, prefix, state, _ = _trace(call, part, x, None, low_rank, dt_weight, dt_bias, A, D)
     partial = A if len(call.pairs) == 1 else x.new_empty(x.shape, dtype=torch.float32)
     pieces = ceil_div(part.segments * part.segment // STEPS, part.piece)
-    constants = {name: value for name, value in call.constants.items() if name not in ("STATE", "N")}
     for place, (ahead, back) in enumerate(call.pairs):
-        pair_kernel[(part.count * pieces * call.blocks,)](
+        call.launch(
+            part, pair_kernel, (part.count * pieces * call.blocks,),
             x, low_rank, dt_weight, dt_bias, A, D, part.order, state, history, prefix, partial, y,
             *call.sizes(part), ahead, back, part.piece,
-            ADD=place > 0, LAST=place == len(call.pairs) - 1, SPLIT=part.segments > 1, **constants,
+            ADD=place > 0, LAST=place == len(call.pairs) - 1, SPLIT=part.segments > 1,
         )  # fmt: skip
 
 
@@ -257,10 +306,11 @@ def _trace(
     prefix = call.per_segment(part, A, blocks)
     total, state = call.per_segment(part, A), call.per_segment(part, A, call.state)
     adjoint = state if dy is None else call.per_segment(part, A, call.state)
-    walk_kernel[call.walks(part)](
+    call.launch(
+        part, walk_kernel, call.walks(part),
         x, x if dy is None else dy, low_rank, dt_weight, dt_bias, A, D, part.order, state, total, state, adjoint,
         history, prefix, x, *call.sizes(part), OUTPUT=False, TRACE=True, ADJOINT=split and dy is not None,
-        PARTIAL=False, SPLIT=split, **call.constants,
+        PARTIAL=False, SPLIT=split,
     )  # fmt: skip
     if split:
         call.carry(part, total, state, A, back=False)
@@ -273,7 +323,7 @@ def backward(
     dy: Tensor, x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Routes
 ) -> tuple[Tensor, ...]:
     """Gradients by x, low_rank, dt_weight, dt_bias, A and D, each in the dtype of its tensor; all contiguous."""
-    call = _call(x, dt_weight, A, routes, backward=True)
+    call = _call(x, dt_weight, dt_bias, A, D, routes, backward=True)
     weights = dt_weight, dt_bias, A, D
     dx = torch.empty_like(x) if call.full else torch.zeros_like(x)
     dlow_rank = torch.empty_like(low_rank) if call.whole else torch.zeros_like(low_rank)
@@ -301,12 +351,13 @@ def _backward(
             partial.zero_()
         dlow.zero_()
     dweights = x.new_empty(part.count * part.segments, sum(call.weights), dtype=torch.float32)
-    gradient_kernel[call.walks(part)](
+    call.launch(
+        part, gradient_kernel, call.walks(part),
         dy, x, low_rank, dt_weight, dt_bias, A, D, part.order, state, history, prefix, adjoint, partial, dlow, dweights,
-        *call.sizes(part), PARTIAL=not call.direct, SPLIT=part.segments > 1, **call.constants,
+        *call.sizes(part), PARTIAL=not call.direct, SPLIT=part.segments > 1,
     )  # fmt: skip
     if not call.direct:
-        _merge(partial, dx)
+        call.merge(part, partial, dx)
     if dlow is not dlow_rank:
-        _merge(dlow, dlow_rank)
+        call.merge(part, dlow, dlow_rank)
     return dweights

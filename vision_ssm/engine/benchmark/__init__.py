@@ -40,10 +40,10 @@ SUITES: dict[str, Suite] = {
     ),
     "models": Suite(
         (
-            ModelJob(_TINY, batch=128, autocast=torch.bfloat16),
             ModelJob(_TINY, batch=128, autocast=torch.bfloat16, compiled=True),
+            ModelJob(_TINY, batch=128, autocast=torch.bfloat16),
         ),
-        seconds=1.5,
+        seconds=1,
     ),
     "resolution": Suite(
         (

@@ -32,7 +32,7 @@ __all__ = ["BOTH", "FORWARD", "OPERATORS", "ModelJob", "Operator", "OperatorJob"
 
 FORWARD, BOTH = "forward", "forward+backward"
 
-_MANY_STEPS = 10_000
+_MANY_STEPS = 1_000
 
 Inputs = dict[str, Tensor]
 
