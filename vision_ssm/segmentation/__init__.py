@@ -1,5 +1,6 @@
-"""Segmentation networks on any timm backbone, with MONAI's decoder blocks."""
+"""Segmentation networks on timm backbones, with MONAI's blocks: ours, and encoders for MONAI's own."""
 
+from vision_ssm.segmentation.flexible_unet import VMambaEncoder
 from vision_ssm.segmentation.unet import SSMUNet
 
-__all__ = ["SSMUNet"]
+__all__ = ["SSMUNet", "VMambaEncoder"]
