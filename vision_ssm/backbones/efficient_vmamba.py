@@ -129,7 +129,9 @@ class EfficientVMamba(Hierarchy):
             step = PatchMerging2d(dims[stage - 1], dim) if stage else nn.Identity()
             make = make_block if stage < scanned else ConvBlock
             stages.append(Stage(step, [make(dim, drop_path=next(rates)) for _ in range(depth)]))
-        super().__init__(stem, stages, dims, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+        super().__init__(
+            stem, stages, dims, in_chans=in_chans, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate
+        )
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:

@@ -68,6 +68,7 @@ class Hierarchy(nn.Module):
         stem: (b, in_chans, h, w) -> (b, c, h / 4, w / 4).
         stages: one for each entry of ``dims``; all but the first halve the map.
         dims: channels of each stage.
+        in_chans: channels of the image.
         num_classes: classes; 0 for none.
         global_pool: pooling before the classifier.
         drop_rate: dropout before the classifier.
@@ -79,11 +80,13 @@ class Hierarchy(nn.Module):
         stages: Sequence[Stage],
         dims: Sequence[int],
         *,
+        in_chans: int,
         num_classes: int,
         global_pool: str,
         drop_rate: float,
     ) -> None:
         super().__init__()
+        self.in_chans = in_chans  # timm saves it with the weights
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [

@@ -51,6 +51,7 @@ class Plain(nn.Module):
         drop_rate: float,
     ) -> None:
         super().__init__()
+        self.in_chans = in_chans  # timm saves it with the weights
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dim
         self.feature_info = [{"num_chs": dim, "reduction": stride, "module": f"blocks.{i}"} for i in range(len(blocks))]

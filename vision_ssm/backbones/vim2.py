@@ -141,7 +141,9 @@ class ViM2(Hierarchy):
                 channels.append(Normed(dim, ChannelMixer(dim, inner, state=state, scan=scan), drop_path=rate))
             step = PatchMerging2d(dims[stage - 1], dim) if stage else nn.Identity()
             stages.append(MixerStage(step, tokens, channels))
-        super().__init__(stem, stages, dims, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+        super().__init__(
+            stem, stages, dims, in_chans=in_chans, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate
+        )
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

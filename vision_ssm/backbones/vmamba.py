@@ -123,6 +123,7 @@ class VMamba(Hierarchy):
             first,
             stages,
             dims,
+            in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
