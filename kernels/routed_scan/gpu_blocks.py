@@ -17,8 +17,8 @@ from ..routes import Route, Routes, index_table
 from .gpu_plan import ceil_div, kept, launches
 
 try:
-    from .gluon_blocks import STEPS
-    from .gluon_kernels import carry_kernel, gradient_kernel, merge_kernel, pair_kernel, walk_kernel
+    from .gpu_block_kernels import carry_kernel, gradient_kernel, merge_kernel, pair_kernel, walk_kernel
+    from .gpu_block_parts import STEPS
 
     HAS_GLUON = True
 except (ImportError, AttributeError):  # a Triton before 3.6
@@ -40,6 +40,10 @@ _SHORTEST = 64
 @cache
 def _capable(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def serves(x: Tensor, low_rank: Tensor, dt_weight: Tensor, A: Tensor) -> bool:
@@ -178,16 +182,16 @@ class _Call:
             floats += self.blocks * self.cells * self.columns
         scratch = _SCRATCH["backward" if backward else "forward"] * min(2, self.state)
         size = ceil_div(batch, min(batch, max(1, ceil_div(4 * floats * batch, scratch))))
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        units = multiprocessors(device)
         for first in range(0, batch, size):
             samples = slice(first, min(first + size, batch))
             count = samples.stop - samples.start
             warps = count * self.blocks * self.warps
-            walks, wanted = warps * self.routes, _WALKS * multiprocessors
+            walks, wanted = warps * self.routes, _WALKS * units
             pieces = 1 if walks >= wanted else min(ceil_div(2 * wanted, walks), ceil_div(self.length, _SHORTEST))
             segment = ceil_div(ceil_div(self.length, pieces), STEPS) * STEPS
             segments = ceil_div(self.length, segment)
-            piece = max(4, segments * segment // STEPS // ceil_div(_PIECES * multiprocessors, warps))
+            piece = max(4, segments * segment // STEPS // ceil_div(_PIECES * units, warps))
             order = order_table(routes, grid, segments * segment, device)
             yield _Part(samples, count, segments, segment, piece, order)
 

@@ -22,7 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ..selective_scan.gpu import compose
-from .gluon_blocks import (
+from .gpu_block_parts import (
     LN2,
     LOG2E,
     SLOTS,

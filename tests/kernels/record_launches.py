@@ -1,0 +1,87 @@
+"""Runs the Gluon path of the routed scan without a GPU: kernels are compiled for one, and launches are written down.
+
+A program of its own, since Triton must not be in its interpreter's mode. Prints a line of JSON for each case: the
+programs that were launched, and whether a second call launched the same ones with the same arguments.
+"""
+
+import json
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from vision_ssm.kernels import ATROUS, BIDIRECTIONAL, CROSS
+from vision_ssm.kernels.routed_scan import gpu_blocks
+from vision_ssm.kernels.routed_scan.cases import Case, make_inputs
+
+CASES = {
+    "pairs": (Case(2, (5, 7), 96, 1, 6, CROSS), torch.float16),
+    "pairs, cut": (Case(1, (40, 40), 64, 1, 12, CROSS), torch.bfloat16),
+    "one pair, ragged channels": (Case(2, (6, 4), 40, 1, 2, BIDIRECTIONAL), torch.float16),
+    "direct": (Case(2, (4, 6), 64, 1, 48, ATROUS), torch.float16),
+    "several states, cut": (Case(1, (20, 20), 32, 16, 6, BIDIRECTIONAL), torch.bfloat16),
+    "several states": (Case(64, (4, 4), 96, 4, 4, CROSS), torch.float16),
+}
+
+launches = []
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.name = source.fn.__name__
+
+    def __call__(self, grid_0, grid_1, grid_2, stream, function, metadata, hooks, *args):
+        arguments = [(m.dtype, m.shape) if isinstance(m, torch.Tensor) else m for m in args]
+        launches.append((self.name, (grid_0, grid_1, grid_2), stream, arguments))
+
+
+class Utils:
+    def load_binary(self, name, binary, shared, device):
+        return 1, 2, 255, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 163 * 2**10, "multiprocessor_count": 108}
+
+
+class Driver:
+    """What Triton asks of a device."""
+
+    utils, launcher_cls = Utils(), Launcher
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 7
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def main() -> None:
+    driver.set_active(Driver(int(sys.argv[1])))
+    gpu_blocks.multiprocessors = lambda device: 108
+    for name, (case, dtype) in CASES.items():
+        inputs = list(make_inputs(case, dtype, "cpu").values())
+        calls = []
+        for _ in range(2):
+            launches.clear()
+            gpu_blocks.forward(*inputs, case.routes)
+            gpu_blocks.backward(torch.ones_like(inputs[0]), *inputs, case.routes)
+            calls.append(list(launches))
+        row = {"case": name, "programs": [launch[0] for launch in calls[0]], "same": calls[0] == calls[1]}
+        sys.stdout.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

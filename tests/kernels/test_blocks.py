@@ -1,0 +1,89 @@
+"""The part of the routed scan that only a GPU can run: what can be said of it without one.
+
+Its results are compared with the reference by tests/kernels/test_routed_scan.py, on a GPU.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vision_ssm.kernels import ATROUS, AXIAL_3D, BIDIRECTIONAL, CROSS, ROW
+
+pytest.importorskip("triton")
+from vision_ssm.kernels.routed_scan import gpu_blocks
+
+if not gpu_blocks.HAS_GLUON:
+    pytest.skip("this Triton has no Gluon", allow_module_level=True)
+
+from vision_ssm.kernels.routed_scan.gpu_block_kernels import carry_kernel, merge_kernel
+
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_and_are_launched_again_with_the_same_arguments(capability):
+    program = Path(__file__).with_name("record_launches.py")
+    run = subprocess.run(
+        [sys.executable, str(program), str(capability)], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    rows = {row["case"]: row for row in map(json.loads, run.stdout.splitlines())}
+    assert all(row["same"] for row in rows.values())
+    assert rows["pairs"]["programs"].count("pair_kernel") == 2
+    assert "merge_kernel" not in rows["direct"]["programs"]
+    assert rows["pairs, cut"]["programs"].count("carry_kernel") == 3
+    assert len(rows) == 6
+
+
+def test_a_reversed_route_has_its_missing_steps_in_front():
+    table = gpu_blocks.order_table(CROSS, (3, 2), 16, torch.device("cpu"))
+    row, _, back, _ = table
+    assert row.tolist() == [*range(6), *[-1] * 10]
+    assert torch.equal(back, row.flip(0))
+
+
+def test_pairs_of_routes():
+    assert gpu_blocks.pairs(CROSS, (4, 5)) == [(0, 2), (1, 3)]
+    assert gpu_blocks.pairs(AXIAL_3D, (2, 3, 4)) == [(0, 3), (1, 4), (2, 5)]
+    assert gpu_blocks.pairs(BIDIRECTIONAL[::-1], (3, 3)) == [(1, 0)]
+    assert gpu_blocks.pairs(ATROUS, (4, 6)) is None
+    assert gpu_blocks.pairs((ROW,), (4, 6)) is None
+    assert gpu_blocks.pairs((ROW, ROW), (4, 6)) is None
+
+
+def test_tensors_on_a_cpu_are_not_served():
+    half = torch.zeros(1, 2, 2, 8, dtype=torch.float16)
+    assert not gpu_blocks.serves(half, half, torch.zeros(1, 8, 2), torch.zeros(1, 8, 1))
+
+
+@ON_CPU
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("segments", [2, 5, 9])
+def test_carry_hands_each_segment_what_comes_into_it(segments, back):
+    routes, samples, state, channels = 2, 3, 2, 5
+    total = torch.rand(routes, samples, segments, channels)
+    left = torch.randn(routes, samples, segments, state, channels)
+    A = -torch.rand(state, routes, channels)
+    expected, h = torch.empty_like(left), torch.zeros(routes, samples, state, channels)
+    for segment in reversed(range(segments)) if back else range(segments):
+        expected[:, :, segment] = h
+        decay = torch.exp2(total[:, :, segment, None] * A.transpose(0, 1)[:, None])
+        h = decay * h + left[:, :, segment]
+    grid = (routes * samples * state * 2,)
+    carry_kernel[grid](
+        total, left, A, segments, channels, state, samples, routes, BACK=back, BLOCK_S=4, BLOCK_D=4
+    )  # fmt: skip
+    torch.testing.assert_close(left, expected)
+
+
+@ON_CPU
+@pytest.mark.parametrize("count", [1, 3])
+def test_merge_adds_maps(count):
+    parts, out = torch.randn(count, 37), torch.empty(37, dtype=torch.float16)
+    merge_kernel[(3,)](parts, out, count, 37, BLOCK=16)
+    assert torch.equal(out, parts.sum(0).half())
