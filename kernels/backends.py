@@ -10,17 +10,20 @@ import torch
 
 from .recurrence import HAS_NUMBA
 
-_OPERATORS = ("cross_scan, cross_merge", "selective_scan", "routed_scan")
-
 
 def backend_report() -> str:
     """A table of operators, devices and backends on this machine, to print or to put into a bug report."""
-    cpu = f"PyTorch with numba {version('numba')}" if HAS_NUMBA else "PyTorch alone (numba, the extra [cpu], is faster)"
+    numba = f"PyTorch with numba {version('numba')}" if HAS_NUMBA else "PyTorch alone (numba, extra [cpu], is faster)"
+    cpu = {
+        "cross_scan, cross_merge": "PyTorch",
+        "selective_scan": numba,
+        "routed_scan": numba,
+        "ssd_scan": "PyTorch, as matrix products in chunks",
+    }
     rows = [f"vision_ssm operators, torch {torch.__version__}"]
-    for operator in _OPERATORS:
-        rows.append(f"  {operator:<24} cpu   {'PyTorch' if operator.startswith('cross') else cpu}")
+    for operator, backend in cpu.items():
+        rows.append(f"  {operator:<24} cpu   {backend}")
         rows.append(f"  {'':<24} cuda  {_gpu()}")
-    rows.append(f"  {'ssd_scan':<24} any   PyTorch, as matrix products in chunks")
     return "\n".join(rows)
 
 

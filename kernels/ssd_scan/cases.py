@@ -25,10 +25,12 @@ CASES: dict[str, Case] = {
     "groups": Case(2, 17, 4, 2, 3, groups=2),
     "one_of_each": Case(1, 5, 1, 1, 1),
     "hydra_vit_base": Case(32, 196, 24, 64, 64),
+    "hydra_vit_small": Case(128, 196, 12, 64, 64),
+    "long": Case(1, 4096, 12, 64, 64),
 }
-"""Small enough for a CPU, but for ``hydra_vit_base``, which is the layer of that model."""
+"""Small enough for a CPU, but for the last three: layers of the models at 224 px, and of the smaller at 1024 px."""
 
-SMALL = tuple(name for name in CASES if name != "hydra_vit_base")
+SMALL = tuple(name for name, case in CASES.items() if case.width < 64)
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> dict[str, Tensor]:

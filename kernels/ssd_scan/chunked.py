@@ -1,7 +1,7 @@
 """The scalar-decay scan in chunks: matrix products inside a chunk, a recurrence of states from chunk to chunk.
 
 Dao and Gu, "Transformers are SSMs", ICML 2024, arXiv:2405.21060, section 6; the backward is written out, so that only
-the inputs are kept for it. Plain PyTorch, for any device.
+the inputs are kept for it. Plain PyTorch, for any device; GPUs have kernels of their own, in ``gpu.py``.
 
 A step s reaches a step t by the exponential of the sum of dt A over s+1..t on the way ahead, over t..s-1 on the way
 back.

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import gpu_module
 from ..checks import check_dtype, check_shape, check_tensors, compute_dtype
 from . import chunked
 
@@ -76,6 +77,13 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         return chunked.forward(*inputs)
 
 
+@_forward.register_kernel("cuda")
+def _(*inputs: Any) -> tuple[Tensor, Tensor]:
+    _check(*inputs)
+    with torch.cuda.device(inputs[0].device):
+        return gpu_module("ssd_scan").forward(*inputs)
+
+
 @_forward.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor]:
     _check(*inputs)
@@ -92,23 +100,25 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor]:
 )
 def _backward(*inputs: Any) -> tuple[Tensor, ...]:
     with torch.autocast(inputs[0].device.type, enabled=False):
-        return tuple(grad.contiguous() for grad in chunked.backward(*inputs))
+        grads = chunked.backward(*inputs)
+    return tuple(grad.to(m.dtype).contiguous() for grad, m in zip(grads, _differentiated(*inputs), strict=True))
+
+
+@_backward.register_kernel("cuda")
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    with torch.cuda.device(inputs[0].device):
+        return gpu_module("ssd_scan").backward(*inputs)
 
 
 @_backward.register_fake
-def _(
-    dy: Tensor,
-    dlast: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    initial_state: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, ...]:
-    dtype = compute_dtype(x, A, initial_state)
-    return tuple(x.new_empty(m.shape, dtype=dtype) for m in (x, dt, A, B, C, dlast))
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(m, memory_format=torch.contiguous_format) for m in _differentiated(*inputs))
+
+
+def _differentiated(dy: Tensor, dlast: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """The inputs that have a gradient; where there is no initial state, what its gradient is like."""
+    *tensors, initial_state, _ = inputs
+    return *tensors, dlast if initial_state is None else initial_state
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -119,7 +129,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     grads = torch.ops.vision_ssm.ssd_scan_backward(dy, dlast, *tensors, ctx.reverse)
-    return *(None if m is None else grad.to(m.dtype) for m, grad in zip(tensors, grads, strict=True)), None
+    return *(None if m is None else grad for m, grad in zip(tensors, grads, strict=True)), None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

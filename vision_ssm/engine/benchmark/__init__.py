@@ -35,6 +35,7 @@ SUITES: dict[str, Suite] = {
         (
             OperatorJob("ss2d core", ("stage*",), (torch.float16, torch.bfloat16)),
             OperatorJob("selective_scan", ("vim_tiny",), _BOTH_WIDTHS),
+            OperatorJob("ssd_scan", ("hydra_vit_*", "long"), _BOTH_WIDTHS),
         ),
         seconds=0.5,
     ),
@@ -62,6 +63,7 @@ SUITES: dict[str, Suite] = {
         (
             OperatorJob("routed_scan", ("prime_grid", "atrous", "volume"), _BOTH_WIDTHS),
             OperatorJob("selective_scan", ("prime_length", "state_16"), _BOTH_WIDTHS),
+            OperatorJob("ssd_scan", ("two_chunks", "groups"), _BOTH_WIDTHS),
             ModelJob(("vmamba_tiny",), batch=32, autocast=torch.bfloat16),
         ),
         seconds=0.3,

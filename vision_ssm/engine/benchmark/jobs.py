@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 
-from vision_ssm.kernels import routed_scan, selective_scan
+from vision_ssm.kernels import routed_scan, selective_scan, ssd_scan
 from vision_ssm.kernels.routed_scan import cases as routed_cases
 from vision_ssm.kernels.routed_scan.reference import routed_scan_ref
 from vision_ssm.kernels.routes import index_table
 from vision_ssm.kernels.selective_scan import cases as selective_cases
 from vision_ssm.kernels.selective_scan.reference import selective_scan_ref
+from vision_ssm.kernels.ssd_scan import cases as ssd_cases
+from vision_ssm.kernels.ssd_scan.reference import ssd_scan_ref
 
 from .rows import Accuracy
 from .timing import measure
@@ -253,6 +255,17 @@ def _selective_scan_ref(case: selective_cases.Case, inputs: Inputs) -> Tensor:
     return selective_scan_ref(**arguments)[0]
 
 
+def _ssd_scan(case: ssd_cases.Case, inputs: Inputs) -> Tensor:
+    arguments: dict[str, Any] = {**inputs}
+    return ssd_scan(**arguments)[0]
+
+
+def _ssd_scan_ref(case: ssd_cases.Case, inputs: Inputs) -> Tensor:
+    """The recurrence, step by step; the operator itself, in the inputs' float64, where that takes too many steps."""
+    arguments: dict[str, Any] = {**inputs}
+    return (ssd_scan if case.length > _MANY_STEPS else ssd_scan_ref)(**arguments)[0]
+
+
 OPERATORS: dict[str, Operator] = {
     "routed_scan": Operator(
         cases=routed_cases.CASES,
@@ -274,5 +287,12 @@ OPERATORS: dict[str, Operator] = {
         call=_selective_scan,
         reference=_selective_scan_ref,
         batched=("u", "delta", "B", "C"),
+    ),
+    "ssd_scan": Operator(
+        cases=ssd_cases.CASES,
+        make_inputs=ssd_cases.make_inputs,
+        call=_ssd_scan,
+        reference=_ssd_scan_ref,
+        batched=("x", "dt", "B", "C", "initial_state"),
     ),
 }
