@@ -51,16 +51,16 @@ def test_a_stage_averages_all_that_came_before():
     """The stage written out: two blocks of the smallest model's third stage, with random weights for the averages."""
     model = timm.create_model("test_vim2").eval().double()
     stage = model.stages[2]
-    for parameter in [*stage.to_tokens.parameters(), *stage.to_channels.parameters()]:
-        torch.nn.init.normal_(parameter)
+    t, c = zip(*((block.to_tokens.weight, block.to_channels.weight) for block in stage.blocks), strict=True)
+    for weight in (*t, *c):
+        torch.nn.init.normal_(weight)
     x = torch.randn(1, 24, 6, 4, dtype=torch.float64)
     first = stage.downsample(x).permute(0, 2, 3, 1)
-    t, c = stage.to_tokens, stage.to_channels
-    token1 = stage.blocks[0](t[0].weight[0] * first)
-    channel1 = stage.channels[0](c[0].weight[0] * first + c[0].weight[1] * token1)
-    token2 = stage.blocks[1](t[1].weight[0] * first + t[1].weight[1] * token1 + t[1].weight[2] * channel1)
-    terms = zip(c[1].weight, (first, token1, channel1, token2), strict=True)
-    channel2 = stage.channels[1](sum(weight * feature for weight, feature in terms))
+    token1 = stage.blocks[0].tokens(t[0][0] * first)
+    channel1 = stage.blocks[0].channels(c[0][0] * first + c[0][1] * token1)
+    token2 = stage.blocks[1].tokens(t[1][0] * first + t[1][1] * token1 + t[1][2] * channel1)
+    terms = zip(c[1], (first, token1, channel1, token2), strict=True)
+    channel2 = stage.blocks[1].channels(sum(weight * feature for weight, feature in terms))
     assert_close(stage(x), channel2.permute(0, 3, 1, 2))
 
 
@@ -68,7 +68,7 @@ def test_a_stage_averages_all_that_came_before():
 def test_the_model_offers_the_choice(scan):
     model = timm.create_model("test_vim2", channel_scan=scan, num_classes=3).eval()
     assert model(torch.randn(1, 3, 40, 33)).isfinite().all()
-    assert isinstance(model.stages[0].channels[0].mixer.scan, CHANNEL_SCANS[scan])
+    assert isinstance(model.stages[0].blocks[0].channels.mixer.scan, CHANNEL_SCANS[scan])
 
 
 def test_stochastic_depth_passes_a_sample_on():

@@ -24,7 +24,7 @@ from vision_ssm.layers import SS2D, RoutedScan
 from vision_ssm.layers.mixers import Mixer
 from vision_ssm.model_zoo.converters import efficient_vmamba as upstream
 
-from .hierarchy import Hierarchy, PatchMerging2d, Stage, build_hierarchy, drop_path_rates, patch_stem
+from .hierarchy import ConvStage, Hierarchy, PatchMerging2d, Stage, build_hierarchy, drop_path_rates, patch_stem
 
 __all__ = ["EfficientVMamba"]
 
@@ -66,15 +66,10 @@ class EfficientBlock(nn.Module):
         return x + self.drop_path(self.attention(self.mixer(normed)) + self.attention(local))
 
 
-class ConvBlock(InvertedResidual):
-    """timm's inverted residual with squeeze and excitation, on (b, h, w, c)."""
-
-    def __init__(self, dim: int, *, drop_path: float) -> None:
-        excite: Any = partial(SqueezeExcite, rd_ratio=1 / 8)
-        super().__init__(dim, dim, exp_ratio=4.0, se_layer=excite, drop_path_rate=drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+def conv_block(dim: int, *, drop_path: float) -> nn.Module:
+    """timm's inverted residual with squeeze and excitation; (b, c, h, w) -> (b, c, h, w)."""
+    excite: Any = partial(SqueezeExcite, rd_ratio=1 / 8)
+    return InvertedResidual(dim, dim, exp_ratio=4.0, se_layer=excite, drop_path_rate=drop_path)
 
 
 class EfficientVMamba(Hierarchy):
@@ -127,8 +122,8 @@ class EfficientVMamba(Hierarchy):
         stages = []
         for stage, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             step = PatchMerging2d(dims[stage - 1], dim) if stage else nn.Identity()
-            make = make_block if stage < scanned else ConvBlock
-            stages.append(Stage(step, [make(dim, drop_path=next(rates)) for _ in range(depth)]))
+            kind, make = (Stage, make_block) if stage < scanned else (ConvStage, conv_block)
+            stages.append(kind(step, [make(dim, drop_path=next(rates)) for _ in range(depth)]))
         super().__init__(
             stem, stages, dims, in_chans=in_chans, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate
         )

@@ -12,16 +12,26 @@ from typing import Any, TypeVar
 
 import torch
 from timm.layers import ClassifierHead, LayerNorm2d, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint
+from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
-from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from vision_ssm.layers import RoutedScan, pad_grid
 from vision_ssm.layers.channel_mixer import PerCell
 from vision_ssm.model_zoo.checkpoints import to_ours
 
-__all__ = ["Hierarchy", "PatchMerging2d", "Stage", "build_hierarchy", "drop_path_rates", "norm2d", "patch_stem"]
+from .build import build
+
+__all__ = [
+    "ConvStage",
+    "Hierarchy",
+    "PatchMerging2d",
+    "Stage",
+    "build_hierarchy",
+    "drop_path_rates",
+    "norm2d",
+    "patch_stem",
+]
 
 Backbone = TypeVar("Backbone", bound="Hierarchy")
 
@@ -33,11 +43,19 @@ def patch_stem(in_chans: int, dim: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4), norm2d(dim))
 
 
-class PatchMerging2d(PatchMerging):
-    """Swin's patch merging on NCHW maps, odd sizes are padded with zeros."""
+class PatchMerging2d(nn.Module):
+    """Swin's patch merging: (b, c, h, w) -> (b, out, ceil(h / 2), ceil(w / 2)), odd sizes are padded with zeros."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, eps=1e-5)
+        self.reduction = nn.Linear(4 * dim, out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(pad_grid(x.permute(0, 2, 3, 1), 2)).permute(0, 3, 1, 2)
+        x = pad_grid(x.permute(0, 2, 3, 1), 2)
+        b, h, w, c = x.shape
+        x = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
 
 
 def drop_path_rates(depths: Sequence[int], rate: float) -> Iterator[float]:
@@ -51,14 +69,24 @@ class Stage(nn.Module):
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
         self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
-        return x.permute(0, 3, 1, 2)
+        return self.mix(self.downsample(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """The blocks, one after the other."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class ConvStage(Stage):
+    """Down-sampling and blocks that map (b, c, h, w) to itself; (b, c, h, w) -> (b, c', h', w')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(self.downsample(x))
 
 
 class Hierarchy(nn.Module):
@@ -88,7 +116,7 @@ class Hierarchy(nn.Module):
         super().__init__()
         self.in_chans = in_chans  # timm saves it with the weights
         self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**stage, "module": f"stages.{stage}"} for stage, dim in enumerate(dims)
         ]
@@ -96,6 +124,7 @@ class Hierarchy(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.norm: nn.Module = norm2d(self.num_features)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.head_hidden_size = self._pooled_width()
         self.apply(_init_weights)
 
     @torch.jit.ignore
@@ -113,7 +142,7 @@ class Hierarchy(nn.Module):
         if not coarse:
             blocks = [
                 (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.(?:blocks|channels|to_tokens|to_channels)\.(\d+)", None),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
                 (r"^norm", (99999,)),
             ]
         return {"stem": r"^stem", "blocks": blocks}
@@ -130,8 +159,14 @@ class Hierarchy(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New classifier with ``num_classes`` outputs; 0 for none, ``global_pool=""`` for maps."""
+        like = next(self.stem.parameters())
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
+        self.head.to(like.device, like.dtype).train(self.training)
+        self.head_hidden_size = self._pooled_width()
+
+    def _pooled_width(self) -> int:
+        return self.num_features * self.head.global_pool.feat_mult()  # pooling of two kinds doubles it
 
     def forward_intermediates(
         self,
@@ -156,28 +191,34 @@ class Hierarchy(nn.Module):
             ValueError: another ``output_fmt``.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW'; got {output_fmt!r}. Permute the maps afterwards")
+            raise ValueError(f"output_fmt must be 'NCHW'; got '{output_fmt}'. Permute the maps afterwards")
         wanted, last = feature_take_indices(len(self.stages), indices)
-        stages = self.stages[: last + 1] if stop_early and not torch.jit.is_scripting() else self.stages
-        maps = []
+        if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108, a script knows no conditional module
+            stages = self.stages
+        else:
+            stages = self.stages[: last + 1]
+        maps: list[Tensor] = []
         x = self.stem(x)
-        for stage, module in enumerate(stages):
-            x = module(x)
-            if stage in wanted:
-                maps.append(self.norm(x) if norm and stage == len(self.stages) - 1 else x)
-        return maps if intermediates_only else (self.norm(x) if len(stages) == len(self.stages) else x, maps)
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in wanted:
+                maps.append(self.norm(x) if norm and i == len(self.stages) - 1 else x)
+        if intermediates_only:
+            return maps
+        return (self.norm(x) if len(stages) == len(self.stages) else x), maps
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the stages ``indices`` do not need; returns them."""
+        """Drop what the stages ``indices`` do not need; returns them. Norm and head go with the last stage."""
         wanted, last = feature_take_indices(len(self.stages), indices)
-        if prune_norm or last + 1 < len(self.stages):  # the norm is as wide as the last stage
+        shorter = last + 1 < len(self.stages)
+        if prune_norm or shorter:
             self.norm = nn.Identity()
         self.stages = self.stages[: last + 1]
         self.feature_info = self.feature_info[: last + 1]
-        self.num_features = self.head_hidden_size = self.head.in_features = self.feature_info[-1]["num_chs"]
-        if prune_head:
+        self.num_features = self.head.in_features = self.feature_info[-1]["num_chs"]
+        if prune_head or shorter:
             self.reset_classifier(0, "")
         return wanted
 
@@ -211,7 +252,7 @@ def build_hierarchy(
         variant: its timm name.
         pretrained: load the weights of its configuration.
         output_stride: 32; other libraries ask for 8 or 16 where they want dilated convolutions.
-        **kwargs: arguments of ``build_model_with_cfg`` and of the backbone.
+        **kwargs: arguments of ``build`` and of the backbone.
 
     Raises:
         ValueError: another ``output_stride``.
@@ -222,4 +263,4 @@ def build_hierarchy(
             "Leave out the last stages with out_indices for finer maps"
         )
     feature_cfg = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
-    return build_model_with_cfg(cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build(cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)

@@ -17,12 +17,13 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vision_ssm.layers import Hydra
 from vision_ssm.layers.hydra import HydraTwin
 
+from .build import build
 from .hierarchy import drop_path_rates
 from .plain import Plain
 
@@ -132,7 +133,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **config: Any) -> HydraViT:
-    return build_model_with_cfg(
+    return build(
         HydraViT,
         variant,
         pretrained,

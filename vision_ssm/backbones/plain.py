@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from timm.layers import lecun_normal_, trunc_normal_
-from timm.models import checkpoint
+from timm.models import checkpoint, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ __all__ = ["Plain"]
 
 
 class Plain(nn.Module):
-    """Patches row by row, blocks, norm, pooling, classifier. A subclass may add tokens in ``embed`` and ``take``.
+    """Patches row by row, blocks, norm, pooling, classifier. A subclass may add tokens in ``tokens`` and ``take``.
 
     Args:
         blocks: maps of (b, l, c) to itself.
@@ -109,11 +109,15 @@ class Plain(nn.Module):
         if global_pool is not None:
             self.global_pool = self._pooling(global_pool)
         self.num_classes = num_classes
-        self.head = self._classifier(num_classes)
+        self.head = self._classifier(num_classes).train(self.training)
 
     def embed(self, x: Tensor) -> Tensor:
         """Tokens of an image, (b, l, c)."""
-        return self.patch_embed(x).flatten(2).transpose(1, 2)
+        return self.tokens(self.patch_embed(x))
+
+    def tokens(self, patches: Tensor) -> Tensor:
+        """Tokens of a map of patches, (b, c, h, w) -> (b, l, c)."""
+        return patches.flatten(2).transpose(1, 2)
 
     def take(self, tokens: Tensor) -> tuple[Tensor | None, Tensor]:
         """The class token, (b, 1, c), if there is one, and the patches."""
@@ -128,15 +132,15 @@ class Plain(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Any] | tuple[Tensor, list[Any]]:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """The stream after the blocks ``indices`` (all by default; the last n for an int), and the final tokens.
 
         Args:
             x: image, (b, in_chans, H, W).
             indices: blocks to return.
-            return_prefix_tokens: return (patches, class token or None) for each block.
+            return_prefix_tokens: return (patches, class token or None) for each block; a script does not.
             norm: apply the final norm to what is returned.
-            stop_early: leave out what comes after the last block wanted, the final norm too.
+            stop_early: stop after the last block wanted; the final norm follows the last of all blocks alone.
             output_fmt: "NCHW" for patches as maps (b, c, h, w), "NLC" for (b, h w, c).
             intermediates_only: return the list alone.
 
@@ -144,27 +148,31 @@ class Plain(nn.Module):
             ValueError: another ``output_fmt``.
         """
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC'; got {output_fmt!r}")
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC'; got '{output_fmt}'")
         wanted, last = feature_take_indices(len(self.blocks), indices)
-        height, width = ((size - patch) // step + 1 for size, patch, step in self._steps(x))
-        tokens = self.embed(x)
-        found: list[Any] = []
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            tokens = self._block(block, tokens)
+        x = self.patch_embed(x)
+        height, width = x.shape[-2:]
+        x = self.tokens(x)
+        found: list[Tensor] = []
+        prefixes: list[Tensor | None] = []
+        if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108, a script knows no conditional module
+            blocks = self.blocks
+        else:
+            blocks = self.blocks[: last + 1]
+        for i, block in enumerate(blocks):
+            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
             if i in wanted:
-                cls, patches = self.take(self.norm(tokens) if norm else tokens)
+                cls, patches = self.take(self.norm(x) if norm else x)
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, (height, width))
-                found.append((patches, cls) if return_prefix_tokens else patches)
-        return found if intermediates_only else (tokens if stop_early else self.norm(tokens), found)
-
-    def _steps(self, x: Tensor) -> list[tuple[int, int, int]]:
-        kernel, stride = self.patch_embed.kernel_size, self.patch_embed.stride
-        return list(zip(x.shape[-2:], kernel, stride, strict=True))
-
-    def _block(self, block: nn.Module, x: Tensor) -> Tensor:
-        checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
-        return checkpoint(block, x) if checkpointed else block(x)
+                found.append(patches)
+                prefixes.append(cls)
+        if return_prefix_tokens and not torch.jit.is_scripting():
+            pairs: list[Any] = list(zip(found, prefixes, strict=True))
+            found = pairs
+        if intermediates_only:
+            return found
+        return (self.norm(x) if len(blocks) == len(self.blocks) else x), found
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -181,12 +189,14 @@ class Plain(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Tokens after the final norm, (b, l, c)."""
         x = self.embed(x)
-        for block in self.blocks:
-            x = self._block(block, x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        if self.global_pool:
+        if self.global_pool != "":
             cls, patches = self.take(x)
             x = cls[:, 0] if cls is not None and self.global_pool == "token" else patches.mean(1)
         x = self.head_drop(x)

@@ -11,14 +11,14 @@ token.
 # Shapes: b batch, c channels, e inner channels, h w grid of patches, l = h w + 1 tokens.
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import DropPath, register_notrace_module, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vision_ssm.layers import find_mixer
@@ -26,6 +26,7 @@ from vision_ssm.layers.bidirectional import BothDirections
 from vision_ssm.layers.mixers import Mixer
 from vision_ssm.model_zoo.converters import vim as upstream
 
+from .build import build
 from .hierarchy import drop_path_rates
 from .plain import Plain
 
@@ -81,6 +82,24 @@ class VimBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.mixer(self.norm(x)))
+
+
+@register_notrace_module
+class Positions(nn.Module):
+    """A position embedding, (1, l, c), made for one grid, resampled around the class token to that of (b, c, h, w)."""
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = list(grid)
+
+    def forward(self, embedding: Tensor, patches: Tensor) -> Tensor:
+        grid = list(patches.shape[-2:])
+        if (torch.jit.is_scripting() or not torch.compiler.is_compiling()) and grid == self.grid:
+            return embedding  # a compiled program does not ask: it serves every size
+        cls, cells = _take(embedding)
+        wide = cells.to(torch.promote_types(cells.dtype, torch.float32)).unflatten(1, self.grid).permute(0, 3, 1, 2)
+        resampled = F.interpolate(wide, size=grid, mode="bicubic", antialias=True)
+        return _insert(cls, resampled.flatten(2).transpose(1, 2).to(cells.dtype))
 
 
 class Vim(Plain):
@@ -143,34 +162,23 @@ class Vim(Plain):
             drop_rate=drop_rate,
         )
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.grid = (height - patch_size) // step + 1, (width - patch_size) // step + 1
+        grid = (height - patch_size) // step + 1, (width - patch_size) // step + 1
+        self.positions = Positions(grid)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid) + 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(grid) + 1, dim))
         for embedding in (self.cls_token, self.pos_embed):
             trunc_normal_(embedding, std=0.02)
-        for (
-            block
-        ) in blocks:  # as released: what adds to the stream is scaled by the depth, Δ on the way back is not small
+        # As released: what adds to the stream is scaled by the depth, and Δ on the way back is not small.
+        for block in blocks:
             with torch.no_grad():
                 block.mixer.out_proj.weight.div_(math.sqrt(depth))
             if isinstance(block.mixer.mixer, BothDirections):
                 nn.init.zeros_(block.mixer.mixer.back.scan.dt_bias)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Tokens of an image: patches row by row, the class token in the middle, the position embedding added."""
-        x = self.patch_embed(x)
-        grid = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)
-        cls = self.cls_token.expand(x.shape[0], -1, -1)
-        return _insert(cls, x) + self._positions(grid)
-
-    def _positions(self, grid: Sequence[int]) -> Tensor:
-        if not torch.compiler.is_compiling() and tuple(grid) == self.grid:  # a compiled program serves every size
-            return self.pos_embed
-        cls, patches = _take(self.pos_embed)
-        wide = patches.to(torch.promote_types(patches.dtype, torch.float32)).unflatten(1, self.grid).permute(0, 3, 1, 2)
-        resampled = F.interpolate(wide, size=list(grid), mode="bicubic", antialias=True)
-        return _insert(cls, resampled.flatten(2).transpose(1, 2).to(patches.dtype))
+    def tokens(self, patches: Tensor) -> Tensor:
+        """Tokens of a map of patches: row by row, the class token in the middle, the position embedding added."""
+        cls = self.cls_token.expand(patches.shape[0], -1, -1)
+        return _insert(cls, patches.flatten(2).transpose(1, 2)) + self.positions(self.pos_embed, patches)
 
     def take(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return _take(tokens)
@@ -225,7 +233,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **config: Any) -> Vim:
-    return build_model_with_cfg(
+    return build(
         Vim,
         variant,
         pretrained,

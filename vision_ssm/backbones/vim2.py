@@ -12,7 +12,7 @@ channel mixer.
 
 # Shapes: b batch, c channels, h w grid.
 
-from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -43,45 +43,54 @@ class Normed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.mixer(self.norm(x))
-        if self.training and self.rate:
-            spared = torch.rand(x.shape[0], 1, 1, 1, device=x.device) < self.rate
+        if self.training and self.rate > 0:
+            spared = torch.rand([x.shape[0], 1, 1, 1], device=x.device) < self.rate
             y = torch.where(spared, x, y)
         return y
 
 
-class MixerStage(Stage):
-    """Down-sampling, then token and channel mixers on averages of all that came before them in the stage.
+class MixerBlock(nn.Module):
+    """A token and a channel mixer, each on an average of all that came before it in the stage.
 
-    With y_0 the input of the blocks, block l computes (equations 13 to 16)::
+    With y_0 the input of the stage's blocks, block l computes (equations 13 to 16)::
 
         y_token(l) = tokens(Σ_{i<l} α_i y_token(i) + β_i y_channel(i)),
         y_channel(l) = channels(Σ_{i<=l} θ_i y_token(i) + Σ_{i<l} γ_i y_channel(i))
 
-    Shapes: (b, c, h, w) -> (b, c', h', w').
+    Args:
+        index: how many blocks of the stage come before.
+        tokens: (b, h, w, c) -> (b, h, w, c).
+        channels: (b, h, w, c) -> (b, h, w, c).
+
+    Shapes: a list of (b, h, w, c), the input, then token and channel output of each block in turn, to one of two more.
     """
 
-    def __init__(self, downsample: nn.Module, tokens: Sequence[nn.Module], channels: Sequence[nn.Module]) -> None:
-        super().__init__(downsample, tokens)
-        self.channels = nn.ModuleList(channels)
-        # Earlier outputs are listed in order: the input, then token and channel output of each block in turn.
-        self.to_tokens = nn.ModuleList(
-            WeightedAverage(2 * i + 1, newest=(2 * i, 2 * i - 1) if i else (0,)) for i in range(len(channels))
-        )
-        self.to_channels = nn.ModuleList(
-            WeightedAverage(2 * i + 2, newest=(2 * i + 1, 2 * i)) for i in range(len(channels))
-        )
+    def __init__(self, index: int, tokens: nn.Module, channels: nn.Module) -> None:
+        super().__init__()
+        count = 2 * index + 1
+        self.to_tokens = WeightedAverage(count, newest=(count - 1, count - 2) if index else (0,))
+        self.tokens = tokens
+        self.to_channels = WeightedAverage(count + 1, newest=(count, count - 1))
+        self.channels = channels
+
+    def forward(self, outputs: list[Tensor]) -> list[Tensor]:
+        outputs = outputs.copy()
+        outputs.append(self.tokens(self.to_tokens(outputs)))
+        outputs.append(self.channels(self.to_channels(outputs)))
+        return outputs
+
+
+class MixerStage(Stage):
+    """Down-sampling and mixer blocks; (b, c, h, w) -> (b, c', h', w')."""
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = [self.downsample(x).permute(0, 2, 3, 1)]
-        for tokens, channels, to_tokens, to_channels in zip(
-            self.blocks, self.channels, self.to_tokens, self.to_channels, strict=True
-        ):
-            outputs.append(self._run(tokens, to_tokens(outputs)))
-            outputs.append(self._run(channels, to_channels(outputs)))
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                outputs = checkpoint(block, outputs)
+            else:
+                outputs = block(outputs)
         return outputs[-1].permute(0, 3, 1, 2)
-
-    def _run(self, mixer: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(mixer, x) if self.grad_checkpointing else mixer(x)
 
 
 class ViM2(Hierarchy):
@@ -134,13 +143,14 @@ class ViM2(Hierarchy):
         stages = []
         for stage, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             inner = int(channel_expand[stage] * dim)
-            tokens, channels = [], []
-            for rate in (next(rates) for _ in range(depth)):
+            blocks = []
+            for i, rate in enumerate(islice(rates, depth)):
                 pair = (SS2D(dim, state=state, expand=2.0, mixer=mixer, gate=True, conv_bias=True) for _ in range(2))
-                tokens.append(nn.Sequential(*(Normed(dim, layer, drop_path=rate) for layer in pair)))
-                channels.append(Normed(dim, ChannelMixer(dim, inner, state=state, scan=scan), drop_path=rate))
+                tokens = nn.Sequential(*(Normed(dim, layer, drop_path=rate) for layer in pair))
+                channels = Normed(dim, ChannelMixer(dim, inner, state=state, scan=scan), drop_path=rate)
+                blocks.append(MixerBlock(i, tokens, channels))
             step = PatchMerging2d(dims[stage - 1], dim) if stage else nn.Identity()
-            stages.append(MixerStage(step, tokens, channels))
+            stages.append(MixerStage(step, blocks))
         super().__init__(
             stem, stages, dims, in_chans=in_chans, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate
         )

@@ -113,6 +113,8 @@ class WeightedAverage(nn.Module):
         with torch.no_grad():
             self.weight[list(self.newest)] = 1.0
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        terms = [weight * feature for weight, feature in zip(self.weight, features, strict=True)]
-        return torch.stack(terms).sum(0)
+    def forward(self, features: list[Tensor]) -> Tensor:
+        total = self.weight[0] * features[0]
+        for i in range(1, len(features)):
+            total = total + self.weight[i] * features[i]
+        return total

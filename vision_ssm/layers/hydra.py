@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from vision_ssm.kernels import ssd_scan
@@ -48,6 +49,7 @@ COMBINATIONS: dict[str, Combination] = {
 """How the two directions become one: Hydra's way, and the ones that its paper compares (table 3)."""
 
 
+@register_notrace_module
 class Hydra(nn.Module):
     """Project, convolve, scan in both directions, normalise, gate, project back.
 
@@ -129,16 +131,23 @@ class Hydra(nn.Module):
     def mix(self, convolved: Tensor, dt: Tensor) -> Tensor:
         """What is convolved, (b, l, e + 4 g n), and Δ before softplus, (b, l, 2 h), to mixed heads, (b, l, h, p)."""
         inner, size = self.widths[0], self.groups * self.state
-        x, *maps = convolved.split([inner, size, size, size, size], dim=-1)
-        B, C, B_back, C_back = (m.unflatten(-1, (self.groups, self.state)) for m in maps)
+        x, maps = convolved.split([inner, 4 * size], dim=-1)
+        B, C, B_back, C_back = maps.unflatten(-1, (4, self.groups, self.state)).unbind(2)
         diagonal = self.diagonal(x) + self.D
         x = x.unflatten(-1, (-1, self.head_dim))
         A = -torch.exp(self.A_log)
         steps = F.softplus(dt.unflatten(-1, (2, -1)) + self.dt_bias)  # in the bias's dtype or wider: Δ stays precise
         state = None if self.initial_state is None else self.initial_state.expand(x.shape[0], -1, -1, -1)
-        ahead, _ = ssd_scan(x, steps[..., 0, :], A, B, C, initial_state=state)
-        back, _ = ssd_scan(x, steps[..., 1, :], A, B_back, C_back, initial_state=state, reverse=True)
+        ahead = _scan(x, steps[..., 0, :], A, B, C, state, False)
+        back = _scan(x, steps[..., 1, :], A, B_back, C_back, state, True)
         return self.combine(ahead, back, diagonal[..., None] * x)
+
+
+def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, reverse: bool) -> Tensor:
+    """The output of ``ssd_scan``, or of its operator in a script, which knows no keyword-only arguments."""
+    if torch.jit.is_scripting():
+        return torch.ops.vision_ssm.ssd_scan(x, dt, A, B, C, state, reverse)[0]
+    return ssd_scan(x, dt, A, B, C, initial_state=state, reverse=reverse)[0]
 
 
 class HydraTwin(nn.Module):

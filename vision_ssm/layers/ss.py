@@ -54,7 +54,7 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.in_proj(x)
-        z = None
+        z: Tensor | None = None
         if self.gate:
             x, z = x.chunk(2, dim=-1)
         x = F.silu(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
