@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any test imports one
 
 ROOT = Path(__file__).parents[1]
+# `python -m pytest` puts the checkout there, and transformers would take our folder kernels/ for the package `kernels`.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 PARITY = ROOT.parent / "shared" / "parity"
 FIXTURES = ROOT / "tests" / "fixtures"
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

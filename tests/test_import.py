@@ -7,7 +7,18 @@ import sys
 import pytest
 
 SECONDS = 2.0
-OPTIONAL = ["matplotlib", "mlxtend", "mmengine", "monai", "nibabel", "numba", "rich", "triton"]
+OPTIONAL = [
+    "matplotlib",
+    "mlxtend",
+    "mmengine",
+    "monai",
+    "nibabel",
+    "numba",
+    "rich",
+    "segmentation_models_pytorch",
+    "transformers",
+    "triton",
+]
 PROBE = """
 import json, sys, time
 import torch, timm
