@@ -6,24 +6,29 @@ Liu et al., "VMamba: Visual State Space Model", NeurIPS 2024, arXiv:2401.10166.
 # Shapes: b batch, e channels, k routes, r rank of Δ, n state.
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from vision_ssm.kernels import CROSS, Routes, routed_scan
+from vision_ssm.kernels.routes import encode
 
 from .init import dt_bias_, s4d_real_
 
 
+@register_notrace_function
 def pad_grid(x: Tensor, multiple: int) -> Tensor:
     """Zeros at the end of each grid axis of (b, *grid, c), up to a multiple."""
     if multiple == 1:
         return x
     grid = x.shape[1:-1]
-    if not torch.compiler.is_compiling():
-        return F.pad(x, (0, 0, *(pad for size in reversed(grid) for pad in (0, -size % multiple))))
+    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+        pads = [0, 0]
+        for size in grid[::-1]:
+            pads += [0, -size % multiple]
+        return F.pad(x, pads)
     # Written by indices, since torch's pad asks whether there is anything to pad: a compiled program would then serve
     # only the sizes that answer alike.
     for axis, size in enumerate(grid, start=1):
@@ -33,16 +38,18 @@ def pad_grid(x: Tensor, multiple: int) -> Tensor:
     return x
 
 
-def crop_grid(x: Tensor, grid: Sequence[int]) -> Tensor:
+def crop_grid(x: Tensor, grid: list[int]) -> Tensor:
     """The first cells of each grid axis of (b, *grid, c); as ``pad_grid``, it does not ask what there is to crop."""
-    if not torch.compiler.is_compiling():
-        kept = (slice(None), *(slice(size) for size in grid))
-        return x[kept]
+    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+        for axis, size in enumerate(grid):
+            x = x.narrow(axis + 1, 0, size)
+        return x
     for axis, size in enumerate(grid, start=1):
         x = x.index_select(axis, torch.arange(size, device=x.device))
     return x
 
 
+@register_notrace_module
 class RoutedScan(nn.Module):
     """Selective scan of a map along several routes, each with its own Δ, B, C projections and its own A and D.
 
@@ -59,6 +66,7 @@ class RoutedScan(nn.Module):
     def __init__(self, dim: int, *, state: int, rank: int, routes: Routes = CROSS) -> None:
         super().__init__()
         self.routes = tuple(routes)
+        self.code = encode(self.routes)
         self.multiple = math.lcm(*(route.stride for route in self.routes))
         count = len(self.routes)
         self.x_proj = nn.Linear(dim, count * (rank + 2 * state), bias=False)
@@ -77,11 +85,14 @@ class RoutedScan(nn.Module):
         nn.init.ones_(self.D)
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = x.shape[1:-1]
+        grid = list(x.shape[1:-1])
         x = pad_grid(x, self.multiple)
         low_rank = self.x_proj(x)  # one product for all routes: a projection per cell commutes with the visiting order
         A = -torch.exp(self.A_log)
-        y = routed_scan(x, low_rank, self.dt_weight, self.dt_bias, A, self.D, self.routes)
+        if torch.jit.is_scripting():  # a script knows integers, no routes
+            y = torch.ops.vision_ssm.routed_scan(x, low_rank, self.dt_weight, self.dt_bias, A, self.D, self.code)
+        else:
+            y = routed_scan(x, low_rank, self.dt_weight, self.dt_bias, A, self.D, self.routes)
         return y if self.multiple == 1 else crop_grid(y, grid)
 
     def extra_repr(self) -> str:
