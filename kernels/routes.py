@@ -168,6 +168,11 @@ def index_table(routes: Routes, grid: tuple[int, ...], device: torch.device) -> 
     return torch.stack([route.index(grid) for route in routes]).to(device)
 
 
+def disjoint(routes: Routes) -> bool:
+    """Whether no cell is visited by two of the routes, whatever the grid: same stride, other offsets."""
+    return len({route.stride for route in routes}) == 1 and len({route.offset for route in routes}) == len(routes)
+
+
 def check_routes(routes: Routes, grid: Sequence[int]) -> int:
     """The common length of ``routes`` on ``grid``; raises ValueError if they do not fit it or differ in length."""
     if not routes:

@@ -10,7 +10,7 @@ from ..routes import ATROUS, AXIAL_3D, BIDIRECTIONAL, CROSS, ROW, Routes
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one call; ``rank`` is that of the projection of Δ."""
+    """Sizes of one call; ``rank`` is that of the projection of Δ. ``shared`` columns serve all routes."""
 
     batch: int
     grid: tuple[int, ...]
@@ -18,6 +18,7 @@ class Case:
     state: int
     rank: int
     routes: Routes = CROSS
+    shared: bool = False
 
 
 CASES: dict[str, Case] = {
@@ -28,6 +29,7 @@ CASES: dict[str, Case] = {
     "bidirectional": Case(1, (3, 5), 4, 2, 1, BIDIRECTIONAL),
     "one_route": Case(1, (4, 3), 4, 2, 1, (ROW,)),
     "atrous": Case(2, (4, 6), 5, 2, 1, ATROUS),
+    "atrous_shared": Case(2, (4, 6), 5, 2, 1, ATROUS, shared=True),
     "volume": Case(1, (2, 3, 4), 4, 2, 1, AXIAL_3D),
     "stage1": Case(128, (56, 56), 96, 1, 6),
     "stage2": Case(128, (28, 28), 192, 1, 12),
@@ -52,7 +54,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed
 
     inputs = {
         "x": randn(case.batch, *case.grid, case.channels),
-        "low_rank": randn(case.batch, *case.grid, routes * (case.rank + 2 * case.state)),
+        "low_rank": randn(case.batch, *case.grid, (1 if case.shared else routes) * (case.rank + 2 * case.state)),
         "dt_weight": randn(routes, case.channels, case.rank) * case.rank**-0.5,
         "dt_bias": randn(routes, case.channels) - 3,
         "A": -torch.exp(randn(routes, case.channels, case.state)),

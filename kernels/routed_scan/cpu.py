@@ -26,7 +26,7 @@ def _sequences(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """u, low-rank Δ, Δ before softplus, B and C along each route, (b, k, l, ·)."""
     routes, _, rank = dt_weight.shape
-    maps = low_rank.unflatten(2, (routes, rank + 2 * state)).transpose(1, 2)  # (b, k, cells, r + 2n)
+    maps = low_rank.unflatten(2, (-1, rank + 2 * state)).transpose(1, 2).expand(-1, routes, -1, -1)  # (b, k, cells, ·)
     steps = torch.stack([maps[:, route].index_select(1, order) for route, order in enumerate(index)], dim=1)
     dt, B, C = steps.split([rank, state, state], dim=-1)
     raw = dt @ dt_weight.transpose(1, 2) + dt_bias[:, None]
@@ -58,9 +58,9 @@ def backward(
     draw = ddelta * torch.sigmoid(raw)
 
     dsteps = torch.cat([draw @ dt_weight, dB, dC], dim=-1)
-    dmaps = dsteps.new_zeros(x.shape[0], x.shape[1], *dsteps.shape[1::2])
+    dmaps = dsteps.new_zeros(low_rank.shape).unflatten(2, (-1, dsteps.shape[-1]))
     for route, order in enumerate(index):
-        dmaps[:, order, route] = dsteps[:, route]
+        dmaps[:, order, route % dmaps.shape[2]] = dsteps[:, route]
     return (
         _merge(du, index, x.shape[1]),
         dmaps.flatten(2),

@@ -64,6 +64,7 @@ class _Call:
         device: torch.device,
         rank: int,
         state: int,
+        columns: int,
         routes: Routes,
         backward: bool,
     ):
@@ -107,7 +108,7 @@ class _Call:
         per_cell = channels * dtype.itemsize
         if backward:
             history = self.blocks["BLOCK_N"] * self.kept.itemsize * self.groups
-            per_cell += channels * history + self.count * width * self.tiles_d * dtype.itemsize
+            per_cell += channels * history + columns * self.tiles_d * dtype.itemsize
         carried = self.count * channels * ((2 if backward else 1) * state + 1) * dtype.itemsize
         needed = batch * (cells * per_cell + plan(routes, tuple(grid), pieces, device).runs * carried)
         scratch = _SCRATCH["backward" if backward else "forward"]
@@ -121,7 +122,7 @@ class _Call:
             pieces = ceil_div(_PROGRAMS, ceil_div(lines, self.blocks["BLOCK_M"]) * self.tiles_d)
             walk = plan(routes, tuple(grid), pieces, device)
             runs = count * walk.runs
-            sizes = count, cells, runs, channels, state, rank, self.count * width
+            sizes = count, cells, runs, channels, state, rank, columns
             self.parts.append(_Part(samples, walk, runs, ceil_div(runs, self.blocks["BLOCK_M"]), self.tiles, sizes))
             self.tiles += self.parts[-1].tiles
 
@@ -177,9 +178,9 @@ class _Call:
 _cached_call = lru_cache(maxsize=1024)(_Call)
 
 
-def _call(x: Tensor, dt_weight: Tensor, A: Tensor, routes: Routes, *, backward: bool) -> _Call:
-    rank, state = dt_weight.shape[-1], A.shape[-1]
-    return _cached_call(x.shape, x.dtype, compute_dtype(x, A), x.device, rank, state, routes, backward)
+def _call(x: Tensor, low_rank: Tensor, dt_weight: Tensor, A: Tensor, routes: Routes, *, backward: bool) -> _Call:
+    sizes = dt_weight.shape[-1], A.shape[-1], low_rank.shape[-1]
+    return _cached_call(x.shape, x.dtype, compute_dtype(x, A), x.device, *sizes, routes, backward)
 
 
 def forward(
@@ -189,7 +190,7 @@ def forward(
     x, low_rank, dt_weight, dt_bias, A, D = (m.contiguous() for m in (x, low_rank, dt_weight, dt_bias, A, D))
     if gpu_blocks.serves(x, low_rank, dt_weight, A):
         return gpu_blocks.forward(x, low_rank, dt_weight, dt_bias, A, D, routes)
-    call = _call(x, dt_weight, A, routes, backward=False)
+    call = _call(x, low_rank, dt_weight, A, routes, backward=False)
     low_rank = call.operand(low_rank)
     y = call.result(x)
     for part in call.parts:
@@ -221,7 +222,7 @@ def backward(
     if gpu_blocks.serves(x, low_rank, dt_weight, A):
         return gpu_blocks.backward(dy, x, low_rank, dt_weight, dt_bias, A, D, routes)
     weights = dt_weight, dt_bias, A, D
-    call = _call(x, dt_weight, A, routes, backward=True)
+    call = _call(x, low_rank, dt_weight, A, routes, backward=True)
     dx, dlow_rank = call.result(x), torch.empty_like(low_rank)
     low_rank = call.operand(low_rank)
     dweights = x.new_empty(call.tiles, sum(call.weights), dtype=call.dtype)

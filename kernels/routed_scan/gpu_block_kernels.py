@@ -81,9 +81,10 @@ def walk_kernel(
     sample, segment, left = part // SEGMENTS, part % SEGMENTS, CHANNELS - d0
     row = k.to(gl.int64) * parts + part
     order += (k * SEGMENTS + segment) * SEGMENT
+    column = k * (RANK + 2 * STATE) % COLUMNS  # one set of columns may serve all routes
     bases = (
         x + sample.to(gl.int64) * CELLS * CHANNELS + d0,
-        low_rank + sample.to(gl.int64) * CELLS * columns + k * (RANK + 2 * STATE),
+        low_rank + sample.to(gl.int64) * CELLS * columns + column // ALIGN * ALIGN,
     )
     dy += sample.to(gl.int64) * CELLS * CHANNELS + d0
     y += (k.to(gl.int64) * (parts // SEGMENTS if PARTIAL else 0) + sample) * CELLS * CHANNELS + d0
@@ -322,13 +323,14 @@ def gradient_kernel(
     sample, samples, segment, left = part // SEGMENTS, parts // SEGMENTS, part % SEGMENTS, CHANNELS - d0
     row = k.to(gl.int64) * parts + part
     order += (k * SEGMENTS + segment) * SEGMENT
+    column = k * (RANK + 2 * STATE) % COLUMNS  # one set of columns may serve all routes
     bases = (
         x + sample.to(gl.int64) * CELLS * CHANNELS + d0,
-        low_rank + sample.to(gl.int64) * CELLS * columns + k * (RANK + 2 * STATE),
+        low_rank + sample.to(gl.int64) * CELLS * columns + column // ALIGN * ALIGN,
     )
     dy += sample.to(gl.int64) * CELLS * CHANNELS + d0
     dx += (k.to(gl.int64) * (samples if PARTIAL else 0) + sample) * CELLS * CHANNELS + d0
-    dlow_rank += (block.to(gl.int64) * samples + sample) * CELLS * COLUMNS + k * (RANK + 2 * STATE)
+    dlow_rank += (block.to(gl.int64) * samples + sample) * CELLS * COLUMNS + column
     count = SEGMENT // T
     o_d = gl.arange(0, D, CL)
     m_d = o_d < left

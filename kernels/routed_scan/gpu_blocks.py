@@ -136,6 +136,7 @@ class _Call:
         device: torch.device,
         rank: int,
         state: int,
+        columns: int,
         routes: Routes,
         backward: bool,
     ) -> None:
@@ -143,8 +144,7 @@ class _Call:
         batch, *axes, channels = shape
         grid = tuple(axes)
         self.routes, self.channels, self.rank, self.state = len(routes), channels, rank, state
-        self.cells, self.length, self.width = math.prod(grid), routes[0].length(grid), rank + 2 * state
-        self.columns = self.routes * self.width
+        self.cells, self.length, self.columns = math.prod(grid), routes[0].length(grid), columns
         self.weights = [self.routes * channels * size for size in (rank, 1, state, 1)]  # of dt_weight, dt_bias, A, D
 
         found = launches(routes, grid)
@@ -162,7 +162,7 @@ class _Call:
             "R": max(16, triton.next_power_of_2(rank + 2 * (state == 1))),
             "N": 1 if state == 1 else max(16, triton.next_power_of_2(state)),
             "D": block_d,
-            "ALIGN": math.gcd(8, self.width if state == 1 else math.gcd(rank, state)),
+            "ALIGN": math.gcd(8, rank + 2 if state == 1 else math.gcd(rank, state)),
             "W": self.warps,
         }
         self.parts = list(self._cut(batch, grid, routes, device, backward))
@@ -238,18 +238,18 @@ class _Call:
 _cached_call = lru_cache(maxsize=1024)(_Call)
 
 
-def _call(
-    x: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Routes, *, backward: bool
-) -> _Call:
+def _call(x: Tensor, low_rank: Tensor, weights: tuple[Tensor, ...], routes: Routes, *, backward: bool) -> _Call:
+    dt_weight, dt_bias, A, D = weights
     dtypes = x.dtype, dt_weight.dtype, dt_bias.dtype, D.dtype
-    return _cached_call(x.shape, dtypes, x.device, dt_weight.shape[-1], A.shape[-1], routes, backward)
+    sizes = dt_weight.shape[-1], A.shape[-1], low_rank.shape[-1]
+    return _cached_call(x.shape, dtypes, x.device, *sizes, routes, backward)
 
 
 def forward(
     x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Routes
 ) -> Tensor:
     """See :func:`vision_ssm.kernels.routed_scan.op.routed_scan`; all tensors contiguous."""
-    call = _call(x, dt_weight, dt_bias, A, D, routes, backward=False)
+    call = _call(x, low_rank, (dt_weight, dt_bias, A, D), routes, backward=False)
     y = torch.empty_like(x) if call.full else torch.zeros_like(x)
     A = A.float().permute(2, 0, 1).contiguous()  # (n, k, c)
     for part in call.parts:
@@ -327,8 +327,8 @@ def backward(
     dy: Tensor, x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Routes
 ) -> tuple[Tensor, ...]:
     """Gradients by x, low_rank, dt_weight, dt_bias, A and D, each in the dtype of its tensor; all contiguous."""
-    call = _call(x, dt_weight, dt_bias, A, D, routes, backward=True)
     weights = dt_weight, dt_bias, A, D
+    call = _call(x, low_rank, weights, routes, backward=True)
     dx = torch.empty_like(x) if call.full else torch.zeros_like(x)
     dlow_rank = torch.empty_like(low_rank) if call.whole else torch.zeros_like(low_rank)
     A = A.float().permute(2, 0, 1).contiguous()  # (n, k, c)

@@ -194,7 +194,7 @@ def summary_kernel(
         table, row, start, steps, stride, weight, bias, A, o_d, o_n, CHANNELS, STATE, RANK,
         FIELDS, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N,
     )  # fmt: skip
-    column = k * (RANK + 2 * STATE)
+    column = k * (RANK + 2 * STATE) % COLUMNS  # one set of columns may serve all routes
     s = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     sum_D = s
     h = tail(s, BLOCK_N) * decay
@@ -303,7 +303,7 @@ def apply_kernel(
         m_add = o_d < tl.where(ADD + i > 0, CHANNELS, 0)
         last = (LAST > 0) & (i == ROUTES * parts - 1)
 
-        column = k * (RANK + 2 * STATE)
+        column = k * (RANK + 2 * STATE) % COLUMNS  # one set of columns may serve all routes
         m_next = steps > 0
         u_next, low_next, b_next, c_next = read(
             x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
@@ -376,7 +376,7 @@ def gradient_kernel(
         h = tl.load(state + o_s - ahead * STATE * CHANNELS, m_h, 0.0)
         g = tl.load(adjoint + o_s + ahead * STATE * CHANNELS, m_g, 0.0)
 
-        column = k * (RANK + 2 * STATE)
+        column = k * (RANK + 2 * STATE) % COLUMNS  # one set of columns may serve all routes
         m_next = steps > 0
         u_next, low_next, b_next, c_next = read(
             x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..backends import gpu_module
 from ..checks import check_shape, check_tensors
-from ..routes import Routes, check_routes, decode, encode, index_table
+from ..routes import Routes, check_routes, decode, disjoint, encode, index_table
 from . import cpu
 
 __all__ = ["routed_scan"]
@@ -30,7 +30,8 @@ def routed_scan(
 
     Args:
         x: map, (b, *grid, c), such as (b, h, w, c).
-        low_rank: projections of the map, (b, *grid, k*(r + 2n)); per route Δ (r), B (n), C (n).
+        low_rank: projections of the map, (b, *grid, k*(r + 2n)); per route Δ (r), B (n), C (n). Where no cell is
+            visited by two routes, (b, *grid, r + 2n) will do: each cell's for the route that visits it.
         dt_weight: Δ from its low-rank part, (k, c, r).
         dt_bias: (k, c).
         A: negative decay rates, (k, c, n).
@@ -59,11 +60,15 @@ def _check(
     if x.dim() < 3:
         raise ValueError(f"{op}: x must have shape (batch, *grid, channels); got {tuple(x.shape)}")
     batch, *grid, channels = x.shape
-    count, rank, state = len(decode(routes, len(grid))), dt_weight.shape[-1], A.shape[-1]
+    decoded = decode(routes, len(grid))
+    count, rank, state = len(decoded), dt_weight.shape[-1], A.shape[-1]
     cells = {f"grid{axis}": size for axis, size in enumerate(grid)}
-    check_shape(
-        op, "low_rank", low_rank, {"batch": batch, **cells, "routes*(rank+2*state)": count * (rank + 2 * state)}
-    )
+    if low_rank.shape[-1] == rank + 2 * state and disjoint(decoded):
+        check_shape(op, "low_rank", low_rank, {"batch": batch, **cells, "rank+2*state": rank + 2 * state})
+    else:
+        check_shape(
+            op, "low_rank", low_rank, {"batch": batch, **cells, "routes*(rank+2*state)": count * (rank + 2 * state)}
+        )
     check_shape(op, "dt_weight", dt_weight, {"routes": count, "channels": channels, "rank": rank})
     check_shape(op, "A", A, {"routes": count, "channels": channels, "state": state})
     for name, tensor in (("dt_bias", dt_bias), ("D", D)):

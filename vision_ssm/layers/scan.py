@@ -6,6 +6,7 @@ Liu et al., "VMamba: Visual State Space Model", NeurIPS 2024, arXiv:2401.10166.
 # Shapes: b batch, e channels, k routes, r rank of Δ, n state.
 
 import math
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from vision_ssm.kernels import CROSS, Routes, routed_scan
-from vision_ssm.kernels.routes import encode
+from vision_ssm.kernels.routes import disjoint, encode
 
 from .init import dt_bias_, s4d_real_
 
@@ -49,6 +50,14 @@ def crop_grid(x: Tensor, grid: list[int]) -> Tensor:
     return x
 
 
+def _phases(routes: Routes) -> tuple[int, ...]:
+    """The route that visits each phase of a strided grid, row-major; none unless each phase has one route, its own."""
+    offsets = [route.offset for route in routes]
+    if len(routes) == 1 or not disjoint(routes) or len(routes) != routes[0].stride ** len(routes[0].axes):
+        return ()
+    return tuple(offsets.index(phase) for phase in product(range(routes[0].stride), repeat=len(routes[0].axes)))
+
+
 @register_notrace_module
 class RoutedScan(nn.Module):
     """Selective scan of a map along several routes, each with its own Δ, B, C projections and its own A and D.
@@ -69,6 +78,7 @@ class RoutedScan(nn.Module):
         self.code = encode(self.routes)
         self.multiple = math.lcm(*(route.stride for route in self.routes))
         count = len(self.routes)
+        self.phases = _phases(self.routes)
         self.x_proj = nn.Linear(dim, count * (rank + 2 * state), bias=False)
         self.dt_weight = nn.Parameter(torch.empty(count, dim, rank))
         self.dt_bias = nn.Parameter(torch.empty(count, dim))
@@ -87,13 +97,31 @@ class RoutedScan(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         grid = list(x.shape[1:-1])
         x = pad_grid(x, self.multiple)
-        low_rank = self.x_proj(x)  # one product for all routes: a projection per cell commutes with the visiting order
         A = -torch.exp(self.A_log)
         if torch.jit.is_scripting():  # a script knows integers, no routes
+            low_rank = self.x_proj(x)
             y = torch.ops.vision_ssm.routed_scan(x, low_rank, self.dt_weight, self.dt_bias, A, self.D, self.code)
         else:
+            low_rank = self.project(x)
             y = routed_scan(x, low_rank, self.dt_weight, self.dt_bias, A, self.D, self.routes)
         return y if self.multiple == 1 else crop_grid(y, grid)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Δ, B and C of each cell: a projection per cell commutes with the order of visiting.
+
+        One product for all routes; where no cell is visited twice, each cell's for the route that visits it alone.
+        """
+        if not self.phases:
+            return self.x_proj(x)
+        split = [size for cells in x.shape[1:-1] for size in (cells // self.multiple, self.multiple)]
+        axes = len(split) // 2
+        first = [*range(2, 2 * axes + 1, 2), 0, *range(1, 2 * axes, 2), 2 * axes + 1]  # the phases of each axis
+        maps = x.view(x.shape[0], *split, -1).permute(first)
+        weights = self.x_proj.weight.unflatten(0, (len(self.routes), -1))
+        phases = torch.stack([weights[route] for route in self.phases])
+        low_rank = maps.flatten(axes, -2).flatten(0, axes - 1) @ phases.transpose(1, 2)
+        low_rank = low_rank.view(*maps.shape[:-1], -1)
+        return low_rank.permute([first.index(axis) for axis in range(len(first))]).reshape(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
         return f"state={self.A_log.shape[-1]}, rank={self.dt_weight.shape[-1]}, routes={len(self.routes)}"
