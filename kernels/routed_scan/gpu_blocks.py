@@ -5,6 +5,8 @@ is one walk; with fewer it is cut into segments, which are walked side by side a
 """
 
 import math
+import os
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -37,34 +39,54 @@ _SHORTEST = 64
 """Steps of a segment at least."""
 
 
-@cache
-def _capable(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def serves(x: Tensor, low_rank: Tensor, dt_weight: Tensor, A: Tensor) -> bool:
-    """Whether these kernels take such a call: half-precision maps whose rows are copied 16 bytes at a time, and columns
-    of Δ, B and C at least 4."""
-    rank, state, channels = dt_weight.shape[-1], A.shape[-1], x.shape[-1]
-    return (
-        HAS_GLUON
-        and x.is_cuda
-        and x.dtype == low_rank.dtype
-        and x.dtype in (torch.float16, torch.bfloat16)
-        and A.dtype != torch.float64
-        and channels % 8 == 0
-        and rank % 2 == 0
-        and (state == 1 or state % 2 == 0)
-        and rank + 2 * (state == 1) <= 64
-        and state <= 64
-        and x[0].numel() < 2**31
-        and low_rank[0].numel() < 2**31
-        and _capable(x.device)
+    """Whether these kernels take such a call. Half-precision maps that they do not take are told of, once a reason.
+
+    Raises:
+        RuntimeError: VSSM_STRICT_BACKEND=1 is set, and a half-precision map is not taken.
+    """
+    if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    obstacle = _obstacle(
+        x.dtype == low_rank.dtype and A.dtype != torch.float64,
+        (x.shape[-1], dt_weight.shape[-1], A.shape[-1]),
+        max(x[0].numel(), low_rank[0].numel()) < 2**31,
+        x.device,
     )
+    if obstacle:
+        _tell(obstacle)
+    return obstacle is None
+
+
+@cache
+def _obstacle(same_dtype: bool, sizes: tuple[int, int, int], small: bool, device: torch.device) -> str | None:
+    """What keeps a half-precision map from these kernels, and what to do; None if nothing does."""
+    channels, rank, state = sizes
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is not an NVIDIA GPU of compute capability 8.0 or higher"
+    if not HAS_GLUON:
+        return f"Triton {triton.__version__} has no Gluon; install Triton 3.6 or newer, which torch 2.11 brings"
+    if not same_dtype:
+        return "the projections are not in the map's dtype, or A is in float64; cast them"
+    if channels % 8:
+        return f"{channels} channels are no multiple of 8"
+    if rank % 2 or (state > 1 and state % 2):
+        return f"the rank {rank} of Δ or the state size {state} is odd"
+    if rank + 2 * (state == 1) > 64 or state > 64:
+        return f"the rank {rank} of Δ is over 62, or the state size {state} over 64"
+    return None if small else "a sample has 2^31 or more values"
+
+
+@cache
+def _tell(obstacle: str) -> None:
+    text = f"routed_scan takes its slower Triton kernels for a half-precision map: {obstacle}"
+    if os.environ.get("VSSM_STRICT_BACKEND") == "1":
+        raise RuntimeError(f"{text} (an error because VSSM_STRICT_BACKEND=1 is set)")
+    warnings.warn(text, stacklevel=2)
 
 
 @cache

@@ -4,6 +4,7 @@ Its results are compared with the reference by tests/kernels/test_routed_scan.py
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +88,41 @@ def test_merge_adds_maps(count):
     parts, out = torch.randn(count, 37), torch.empty(37, dtype=torch.float16)
     merge_kernel[(3,)](parts, out, count, 37, BLOCK=16)
     assert torch.equal(out, parts.sum(0).half())
+
+
+@pytest.fixture
+def capable_gpu(monkeypatch):
+    """A GPU as far as questions about it go."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    gpu_blocks._obstacle.cache_clear()
+    gpu_blocks._tell.cache_clear()
+    yield torch.device("cuda")
+    gpu_blocks._obstacle.cache_clear()
+    gpu_blocks._tell.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("same_dtype", "sizes", "small", "said"),
+    [
+        (True, (96, 6, 1), True, None),
+        (True, (32, 6, 16), True, None),
+        (False, (96, 6, 1), True, "cast"),
+        (True, (97, 6, 1), True, "97 channels"),
+        (True, (96, 5, 1), True, "rank 5"),
+        (True, (96, 64, 1), True, "rank 64"),
+        (True, (96, 6, 1), False, "2\\^31"),
+    ],
+)
+def test_what_keeps_a_map_from_the_fast_kernels_is_said(same_dtype, sizes, small, said, capable_gpu):
+    obstacle = gpu_blocks._obstacle(same_dtype, sizes, small, capable_gpu)
+    assert obstacle is None if said is None else re.search(said, obstacle)
+
+
+def test_a_slower_kernel_is_told_of_once_or_is_an_error(monkeypatch, capable_gpu):
+    with pytest.warns(UserWarning, match="slower Triton kernels for a half-precision map: 97 channels"):
+        gpu_blocks._tell("97 channels")
+    gpu_blocks._tell("97 channels")  # a second warning would be an error here
+    monkeypatch.setenv("VSSM_STRICT_BACKEND", "1")
+    with pytest.raises(RuntimeError, match=r"98 channels.*VSSM_STRICT_BACKEND"):
+        gpu_blocks._tell("98 channels")
