@@ -7,7 +7,7 @@ is one walk; with fewer it is cut into segments, which are walked side by side a
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -117,7 +117,7 @@ class _Part(NamedTuple):
     """Samples that go together, and the routes cut for them."""
 
     samples: slice
-    count: int
+    batch: int
     segments: int
     segment: int
     piece: int
@@ -236,8 +236,12 @@ class _Call:
             launcher = self.launchers[key] = _Launcher(merge_kernel, (ceil_div(out.numel(), 1024),), constants)
         launcher(parts, out, parts.shape[0], out.numel())
 
+    def cut(self, maps: Sequence[Tensor], part: _Part) -> Sequence[Tensor]:
+        """A part of each map; the maps themselves if it is all of them."""
+        return maps if len(self.parts) == 1 else tuple(m[part.samples] for m in maps)
+
     def walks(self, part: _Part) -> tuple[int, int]:
-        return part.count * part.segments * self.blocks, self.routes
+        return part.batch * part.segments * self.blocks, self.routes
 
     def sizes(self, part: _Part) -> tuple[int, ...]:
         return self.cells, self.channels, self.columns, part.segment, part.segments
@@ -246,13 +250,13 @@ class _Call:
         """Scratch memory for each segment of each route; where routes are not cut, kernels do not look at it."""
         if part.segments == 1:
             return like
-        return like.new_empty(self.routes, part.count * part.segments, *sizes, self.channels)
+        return like.new_empty(self.routes, part.batch * part.segments, *sizes, self.channels)
 
     def carry(self, part: _Part, total: Tensor, state: Tensor, A: Tensor, *, back: bool) -> None:
         block_s = min(128, max(2, triton.next_power_of_2(part.segments)))
-        grid = (self.routes * part.count * self.state * ceil_div(self.channels, 32),)
+        grid = (self.routes * part.batch * self.state * ceil_div(self.channels, 32),)
         carry_kernel[grid](
-            total, state, A, part.segments, self.channels, self.state, part.count, self.routes,
+            total, state, A, part.segments, self.channels, self.state, part.batch, self.routes,
             BACK=back, BLOCK_S=block_s, BLOCK_D=32, num_warps=4 if block_s > 32 else 1,
         )  # fmt: skip
 
@@ -275,16 +279,16 @@ def forward(
     y = torch.empty_like(x) if call.full else torch.zeros_like(x)
     A = A.float().permute(2, 0, 1).contiguous()  # (n, k, c)
     for part in call.parts:
-        maps = (m[part.samples] for m in (x, low_rank, y))
-        (_forward_pairs if call.pairs else _forward)(call, part, *maps, dt_weight, dt_bias, A, D)
+        maps = call.cut((x, low_rank, y), part)
+        (_forward_pairs if call.pairs else _forward)(call, part, maps, dt_weight, dt_bias, A, D)
     return y
 
 
 def _forward(
-    call: _Call, part: _Part, x: Tensor, low_rank: Tensor, y: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor,
-    D: Tensor,
-) -> None:  # fmt: skip
+    call: _Call, part: _Part, maps: Sequence[Tensor], dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor
+) -> None:
     """Every route by itself."""
+    x, low_rank, y = maps
     total, state = call.per_segment(part, A), call.per_segment(part, A, call.state)
     partial = y if call.direct else x.new_empty(call.routes, *y.shape, dtype=torch.float32)
     if not (call.direct or call.whole):
@@ -303,17 +307,17 @@ def _forward(
 
 
 def _forward_pairs(
-    call: _Call, part: _Part, x: Tensor, low_rank: Tensor, y: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor,
-    D: Tensor,
-) -> None:  # fmt: skip
+    call: _Call, part: _Part, maps: Sequence[Tensor], dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor
+) -> None:
     """Each route and its reverse together, from the states before each block, pair after pair."""
+    x, low_rank, y = maps
     assert call.pairs is not None
     history, prefix, state, _ = _trace(call, part, x, None, low_rank, dt_weight, dt_bias, A, D)
     partial = A if len(call.pairs) == 1 else x.new_empty(x.shape, dtype=torch.float32)
     pieces = ceil_div(part.segments * part.segment // STEPS, part.piece)
     for place, (ahead, back) in enumerate(call.pairs):
         call.launch(
-            part, pair_kernel, (part.count * pieces * call.blocks,),
+            part, pair_kernel, (part.batch * pieces * call.blocks,),
             x, low_rank, dt_weight, dt_bias, A, D, part.order, state, history, prefix, partial, y,
             *call.sizes(part), ahead, back, part.piece,
             ADD=place > 0, LAST=place == len(call.pairs) - 1, SPLIT=part.segments > 1,
@@ -327,7 +331,7 @@ def _trace(
     """The state that a segment of its own has before each block, and ΣΔ up to it; what comes into each segment: the
     state and, given ``dy``, the gradient from behind."""
     split = part.segments > 1
-    rows, blocks = part.count * part.segments, part.segment // STEPS
+    rows, blocks = part.batch * part.segments, part.segment // STEPS
     history = x.new_empty(call.routes, rows, blocks, call.state, call.channels, dtype=torch.float32)
     prefix = call.per_segment(part, A, blocks)
     total, state = call.per_segment(part, A), call.per_segment(part, A, call.state)
@@ -356,17 +360,17 @@ def backward(
     A = A.float().permute(2, 0, 1).contiguous()  # (n, k, c)
     sums = x.new_empty(len(call.parts), sum(call.weights), dtype=torch.float32)
     for row, part in zip(sums, call.parts, strict=True):
-        maps = (m[part.samples] for m in (dy, x, low_rank, dx, dlow_rank))
-        torch.sum(_backward(call, part, *maps, dt_weight, dt_bias, A, D), 0, out=row)
+        maps = call.cut((dy, x, low_rank, dx, dlow_rank), part)
+        torch.sum(_backward(call, part, maps, dt_weight, dt_bias, A, D), 0, out=row)
     grads = torch.ops.aten.split_with_sizes_copy(sums.sum(0) if len(sums) > 1 else sums[0], call.weights)
     return dx, dlow_rank, *(grad.view(m.shape).to(m.dtype) for grad, m in zip(grads, weights, strict=True))
 
 
 def _backward(
-    call: _Call, part: _Part, dy: Tensor, x: Tensor, low_rank: Tensor, dx: Tensor, dlow_rank: Tensor,
-    dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-) -> Tensor:  # fmt: skip
+    call: _Call, part: _Part, maps: Sequence[Tensor], dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor
+) -> Tensor:
     """Writes a part of the batch; returns the gradients of the weights, one row for each segment."""
+    dy, x, low_rank, dx, dlow_rank = maps
     history, prefix, state, adjoint = _trace(call, part, x, dy, low_rank, dt_weight, dt_bias, A, D)
     partial = dx if call.direct else x.new_empty(call.routes, *dx.shape, dtype=torch.float32)
     dlow = dlow_rank
@@ -376,7 +380,7 @@ def _backward(
         if not call.direct:
             partial.zero_()
         dlow.zero_()
-    dweights = x.new_empty(part.count * part.segments, sum(call.weights), dtype=torch.float32)
+    dweights = x.new_empty(part.batch * part.segments, sum(call.weights), dtype=torch.float32)
     call.launch(
         part, gradient_kernel, call.walks(part),
         dy, x, low_rank, dt_weight, dt_bias, A, D, part.order, state, history, prefix, adjoint, partial, dlow, dweights,
