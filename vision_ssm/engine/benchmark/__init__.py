@@ -23,6 +23,7 @@ class Suite:
 
 _BOTH_WIDTHS = (torch.float32, torch.bfloat16)
 _TINY = ("vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny", "vit_small_patch16_224")
+_FAMILIES = ("efficient_vmamba_small", "vim_small", "hydra_vit_base", "vim2_tiny")
 _LINEAR_AND_QUADRATIC = ("vmamba_tiny", "vit_small_patch16_224")
 
 SUITES: dict[str, Suite] = {
@@ -41,8 +42,11 @@ SUITES: dict[str, Suite] = {
     ),
     "models": Suite(
         (
-            ModelJob(_TINY, batch=128, autocast=torch.bfloat16, compiled=True),
-            ModelJob(_TINY, batch=128, autocast=torch.bfloat16),
+            *(
+                ModelJob(models, batch=128, autocast=torch.bfloat16, compiled=compiled)
+                for models in (_TINY, _FAMILIES)
+                for compiled in (True, False)
+            ),
         ),
         seconds=1,
     ),
