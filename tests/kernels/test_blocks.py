@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from vision_ssm.kernels import ATROUS, AXIAL_3D, BIDIRECTIONAL, CROSS, ROW
+from vision_ssm.kernels import ATROUS, AXIAL_3D, BIDIRECTIONAL, CROSS, ROW, Route, atrous, routed_scan
 
 pytest.importorskip("triton")
 from vision_ssm.kernels.routed_scan import gpu_blocks
+from vision_ssm.kernels.routed_scan.cases import Case, make_inputs
+from vision_ssm.kernels.routes import COLUMN, ROW_BACK
 
 if not gpu_blocks.HAS_GLUON:
     pytest.skip("this Triton has no Gluon", allow_module_level=True)
@@ -126,3 +128,45 @@ def test_a_slower_kernel_is_told_of_once_or_is_an_error(monkeypatch, capable_gpu
     monkeypatch.setenv("VSSM_STRICT_BACKEND", "1")
     with pytest.raises(RuntimeError, match=r"98 channels.*VSSM_STRICT_BACKEND"):
         gpu_blocks._tell("98 channels")
+
+
+ON_GPU = {
+    "pairs": Case(2, (13, 37), 96, 1, 6),
+    "pairs, uncut": Case(300, (5, 7), 192, 1, 12),
+    "pairs, cut often": Case(1, (257, 263), 96, 1, 6),
+    "one cell": Case(1, (1, 1), 96, 1, 6),
+    "one pair": Case(2, (40, 41), 64, 1, 6, BIDIRECTIONAL),
+    "volume": Case(2, (5, 14, 7), 64, 1, 12, AXIAL_3D),
+    "no pairs": Case(2, (12, 20), 64, 1, 6, (ROW_BACK, ROW, COLUMN)),
+    "direct": Case(2, (12, 20), 64, 1, 6, ATROUS),
+    "direct, shared columns": Case(2, (12, 21), 64, 1, 6, atrous(3), shared=True),
+    "not all cells": Case(2, (12, 20), 64, 1, 6, (Route((0, 1), stride=2), Route((1, 0), stride=2))),
+    "few channels": Case(2, (24, 20), 8, 1, 2),
+    "many channels": Case(2, (24, 20), 768, 1, 48),
+    "16 states": Case(2, (14, 20), 32, 16, 6, BIDIRECTIONAL),
+    "16 states, shared columns": Case(200, (8, 8), 96, 16, 6, ATROUS, shared=True),
+    "64 states": Case(1, (9, 8), 40, 64, 4),
+}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Gluon has no interpreter; the rest is above")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 6e-3)], ids=["float16", "bfloat16"]
+)
+@pytest.mark.parametrize("name", ON_GPU)
+def test_equals_the_float64_operator(name, dtype, tolerance, monkeypatch):
+    """The float64 operator runs other kernels. The second call launches kept programs; both are equal bit for bit."""
+    monkeypatch.setenv("VSSM_STRICT_BACKEND", "1")
+    case = ON_GPU[name]
+    inputs = [m.requires_grad_() for m in make_inputs(case, dtype, "cuda").values()]
+    exact = [m.detach().double().requires_grad_() for m in inputs]
+    dy = torch.randn_like(inputs[0])
+
+    def run(leaves):
+        y = routed_scan(*leaves, case.routes)
+        return y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))
+
+    first, second, want = run(inputs), run(inputs), run(exact)
+    for have, again, value in zip(first, second, want, strict=True):
+        assert torch.equal(have, again)
+        assert (have.double() - value).norm() <= tolerance * value.norm()
