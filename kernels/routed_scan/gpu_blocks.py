@@ -89,7 +89,11 @@ def _tell(obstacle: str) -> None:
     warnings.warn(text, stacklevel=2)
 
 
-@cache
+_captured: list[Tensor] = []
+"""Tables whose addresses CUDA graphs hold: they outlive the cache, which is bounded."""
+
+
+@lru_cache(maxsize=256)
 def order_table(routes: Routes, grid: tuple[int, ...], steps: int, device: torch.device) -> Tensor:
     """The cell of each step, (k, steps) int32; -1 where there is none: at the end, or in front of a reversed route."""
     index = index_table(routes, grid, torch.device("cpu"))
@@ -261,14 +265,17 @@ class _Call:
         )  # fmt: skip
 
 
-_cached_call = lru_cache(maxsize=1024)(_Call)
+_cached_call = lru_cache(maxsize=256)(_Call)
 
 
 def _call(x: Tensor, low_rank: Tensor, weights: tuple[Tensor, ...], routes: Routes, *, backward: bool) -> _Call:
     dt_weight, dt_bias, A, D = weights
     dtypes = x.dtype, dt_weight.dtype, dt_bias.dtype, D.dtype
     sizes = dt_weight.shape[-1], A.shape[-1], low_rank.shape[-1]
-    return _cached_call(x.shape, dtypes, x.device, *sizes, routes, backward)
+    call = _cached_call(x.shape, dtypes, x.device, *sizes, routes, backward)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.extend(part.order for part in call.parts)
+    return call
 
 
 def forward(
