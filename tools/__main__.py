@@ -23,6 +23,7 @@ COMMANDS = {
     "predict": "label a NIfTI volume",
     "benchmark": "time operators and models",
     "profile": "count parameters, multiply-adds and memory of models",
+    "erf": "draw the effective receptive field of a model",
     "zoo": "list, convert and verify published checkpoints",
 }
 

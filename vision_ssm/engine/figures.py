@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
 from vision_ssm.engine.benchmark.rows import Row
 from vision_ssm.engine.checkpoint import write_atomically
+from vision_ssm.engine.erf import PARTS, Field
 
-__all__ = ["curves", "overlays", "resolution", "save_figure"]
+__all__ = ["curves", "overlays", "receptive_fields", "resolution", "save_figure"]
 
 COLOURS = colormaps["tab10"](range(10))[:, :3]
 SLICES = 5
@@ -99,6 +101,31 @@ def resolution(rows: Sequence[Row]) -> Figure:
         axes.set_xlabel("tokens of 16 x 16 px")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def receptive_fields(fields: Mapping[str, Field], title: str) -> Figure:
+    """Each field on a logarithmic scale relative to its strongest pixel, with the squares that ``areas`` measures."""
+    figure = Figure(figsize=(4.4 * len(fields) + 1, 4.8), layout="constrained")
+    panels = figure.subplots(1, len(fields), squeeze=False)[0]
+    scale = LogNorm(1e-6, 1, clip=True)
+    for axes, (name, field) in zip(panels, fields.items(), strict=True):
+        relative = field.shares / field.shares.max()
+        height, width = relative.shape
+        drawn = axes.imshow(relative, norm=scale, cmap="viridis", extent=(0, width, height, 0), interpolation="nearest")
+        row, column = field.centre
+        for part in PARTS:
+            half = field.radius(part) + 0.5  # to the edge of the pixels
+            square = Rectangle(
+                (column - half, row - half), 2 * half, 2 * half, fill=False, color="white", linewidth=0.8
+            )
+            axes.add_patch(square)
+        areas = ", ".join(f"{part} in {area:.1%}" for part, area in field.areas().items())
+        axes.set_title(f"{name}, mean of {field.samples}\n{areas} of the area", fontsize=9)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.colorbar(drawn, ax=panels, label="gradient, relative to the strongest pixel", extend="min")
+    figure.suptitle(title)
     return figure
 
 

@@ -30,7 +30,7 @@ from vision_ssm.kernels.ssd_scan.reference import ssd_scan_ref
 from .rows import Accuracy
 from .timing import measure
 
-__all__ = ["BOTH", "FORWARD", "OPERATORS", "ModelJob", "Operator", "OperatorJob"]
+__all__ = ["BOTH", "FORWARD", "OPERATORS", "ModelJob", "Operator", "OperatorJob", "create"]
 
 FORWARD, BOTH = "forward", "forward+backward"
 
@@ -135,7 +135,7 @@ class ModelJob:
 
     def rows(self, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
         """Fields of each row, all but the suite and the environment."""
-        models = {name: _create(name, self.size).to(device).to(memory_format=self.layout) for name in self.models}
+        models = {name: create(name, self.size).to(device).to(memory_format=self.layout) for name in self.models}
         if self.compiled:
             torch.compiler.reset()  # sizes are compiled one by one, not as one program for any size
             for model in models.values():
@@ -174,10 +174,10 @@ def _side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def _create(name: str, size: int) -> nn.Module:
-    """The model for images of ``size``; those that are built for one size are told it."""
+def create(name: str, size: int, **options: Any) -> nn.Module:
+    """The timm model for images of ``size``; those that are built for one size are told it."""
     told: dict[str, Any] = {"img_size": size} if get_pretrained_cfg_value(name, "fixed_input_size") else {}
-    return timm.create_model(name, **told)
+    return timm.create_model(name, **told, **options)
 
 
 def _infer(model: nn.Module, images: Tensor, autocast: torch.dtype | None) -> None:
