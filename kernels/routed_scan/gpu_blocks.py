@@ -278,6 +278,11 @@ def _call(x: Tensor, low_rank: Tensor, weights: tuple[Tensor, ...], routes: Rout
     return call
 
 
+def _aligned(m: Tensor) -> Tensor:
+    """A map that begins at a multiple of 16 bytes, as its rows are copied."""
+    return m if m.data_ptr() % 16 == 0 else m.clone()
+
+
 def forward(
     x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Routes
 ) -> Tensor:
@@ -286,7 +291,7 @@ def forward(
     y = torch.empty_like(x) if call.full else torch.zeros_like(x)
     A = A.float().permute(2, 0, 1).contiguous()  # (n, k, c)
     for part in call.parts:
-        maps = call.cut((x, low_rank, y), part)
+        maps = (*map(_aligned, call.cut((x, low_rank), part)), *call.cut((y,), part))
         (_forward_pairs if call.pairs else _forward)(call, part, maps, dt_weight, dt_bias, A, D)
     return y
 
@@ -367,7 +372,7 @@ def backward(
     A = A.float().permute(2, 0, 1).contiguous()  # (n, k, c)
     sums = x.new_empty(len(call.parts), sum(call.weights), dtype=torch.float32)
     for row, part in zip(sums, call.parts, strict=True):
-        maps = call.cut((dy, x, low_rank, dx, dlow_rank), part)
+        maps = (*map(_aligned, call.cut((dy, x, low_rank), part)), *call.cut((dx, dlow_rank), part))
         torch.sum(_backward(call, part, maps, dt_weight, dt_bias, A, D), 0, out=row)
     grads = torch.ops.aten.split_with_sizes_copy(sums.sum(0) if len(sums) > 1 else sums[0], call.weights)
     return dx, dlow_rank, *(grad.view(m.shape).to(m.dtype) for grad, m in zip(grads, weights, strict=True))
