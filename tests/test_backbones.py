@@ -1,115 +1,39 @@
-"""Every registered model against timm's contract; the lists come from timm, nothing is kept by hand."""
+"""What the backbones compute: sizes, mixers, tokens, official outputs. timm's contract has a file of its own."""
 
 import json
-import re
 import zlib
 
 import numpy as np
 import pytest
 import timm
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 import vision_ssm
 from vision_ssm import model_zoo
-from vision_ssm.backbones import FAMILIES, Vim
+from vision_ssm.backbones import Vim
 from vision_ssm.layers import MIXERS
 from vision_ssm.model_zoo import converters
 
-MODELS = vision_ssm.list_models()
 SMALLEST = vision_ssm.list_models("test_*")
-PLAIN = ["test_hydra", "test_vim"]
-HIERARCHICAL = [name for name in SMALLEST if name not in PLAIN]
-LIGHT = [*SMALLEST, "vmamba_nano"]
-PUBLISHED = [name for name in MODELS if name not in LIGHT]
-STATE_SPACE = (".A_log", ".D", ".dt_bias")
 
 
 def create(name, **kwargs):
     return timm.create_model(name, **kwargs).eval()
 
 
-@pytest.fixture
-def on_meta():
-    """Shapes alone: no weights are drawn and nothing is computed, so the largest models cost nothing."""
-    with torch.device("meta"):
-        yield
-
-
-def test_every_family_has_a_smallest_model():
-    assert sorted(SMALLEST) == [f"test_{family}" for family in FAMILIES]
-
-
 def test_published_names():
-    assert {f"vmamba_{size}" for size in ("tiny", "small", "base")} <= set(PUBLISHED)
+    assert {f"vmamba_{size}" for size in ("tiny", "small", "base")} <= set(vision_ssm.list_models())
     assert vision_ssm.list_models("*_v0") == ["vmamba_base_v0", "vmamba_small_v0", "vmamba_tiny_v0"]
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_head_and_configuration(name, on_meta):
-    model = timm.create_model(name)
-    state = model.state_dict()
-    config = model.pretrained_cfg
-    assert f"{config['classifier']}.weight" in state and f"{config['first_conv']}.weight" in state
-    assert (model.num_classes, model.num_features) == (1000, model.head_hidden_size)
-    assert model.no_weight_decay() >= {key for key in state if key.endswith(STATE_SPACE)}
-    assert not {key for key in model.no_weight_decay() if key.endswith(("proj.weight", "conv.weight"))}
-    model.reset_classifier(7)
-    assert model.get_classifier().weight.shape == (7, model.num_features)
-    size = config["input_size"]
-    features = model.forward_features(torch.empty(2, *size))
-    if config["pool_size"]:
-        assert features.shape == (2, model.num_features, *config["pool_size"])
-    else:
-        tokens = model.pos_embed.shape[1] if hasattr(model, "pos_embed") else (size[1] // 16) * (size[2] // 16)
-        assert features.shape == (2, tokens, model.num_features)
-    assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
-    assert model.forward_head(features).shape == (2, 7)
-    model.reset_classifier(0, "")
-    assert model(torch.empty(2, *size)).shape == features.shape
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_features_match_feature_info(name, on_meta):
-    model = timm.create_model(name, features_only=True)
-    maps = model(torch.empty(1, 3, 64, 96))
-    info = list(zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True))
-    assert [reduction for _, reduction in info] == sorted(reduction for _, reduction in info)
-    for features, (channels, reduction) in zip(maps, info, strict=True):
-        if "stride8" in name:  # patches of 16 x 16, every 8 pixels
-            assert features.shape == (1, channels, 64 // 8 - 1, 96 // 8 - 1)
-        else:
-            assert features.shape == (1, channels, 64 // reduction, 96 // reduction)
-
-
-@pytest.mark.parametrize("name", LIGHT)
-@pytest.mark.parametrize("options", [{}, {"mixer": "identity"}], ids=["scan", "identity"])
-def test_forward_and_backward_reach_every_parameter(name, options, device):
-    model = timm.create_model(name, num_classes=42, drop_path_rate=0.1, **options).to(device).train()
-    out = model(torch.randn(2, 3, 64, 64, device=device))
-    out.mean().backward()
-    assert out.shape == (2, 42) and out.isfinite().all()
-    dead = [key for key, parameter in model.named_parameters() if parameter.grad is None]
-    assert not dead
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 33), (31, 5), (64, 64), (65, 47)], ids=str)
 @pytest.mark.parametrize("name", SMALLEST)
 def test_any_input_size(name, size):
     model = create(name, in_chans=1, num_classes=3)
-    smallest = {"test_vmamba": 1, "test_efficient_vmamba": 4, "test_vim2": 4}.get(
-        name, 16
-    )  # one patch; VMamba's stem pads
-    size = tuple(max(smallest, side) for side in size)
+    patch = {"test_vmamba": 1, "test_efficient_vmamba": 4, "test_vim2": 4}.get(name, 16)  # VMamba's stem pads
+    size = tuple(max(patch, side) for side in size)
     assert model(torch.randn(1, 1, *size)).isfinite().all()
-
-
-@pytest.mark.parametrize("channels", [1, 2, 4])
-@pytest.mark.parametrize("name", SMALLEST)
-def test_input_channels(name, channels):
-    assert create(name, in_chans=channels, num_classes=2)(torch.randn(1, channels, 32, 32)).shape == (1, 2)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -126,64 +50,17 @@ def test_atrous_stride(stride):
     assert model(torch.randn(1, 3, 44, 52)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", SMALLEST)
-def test_gradient_checkpointing_changes_nothing(name):
-    model = timm.create_model(name, num_classes=5).train()
-    x = torch.randn(1, 3, 48, 48)
-    grads = []
-    for enable in (False, True):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        model(x).square().sum().backward()
-        grads.append([parameter.grad.clone() for parameter in model.parameters()])
-    assert_close(*grads)
-
-
-@pytest.mark.parametrize("name", HIERARCHICAL)
-def test_forward_intermediates(name):
-    model = create(name)
-    x = torch.randn(2, 3, 70, 45)
-    final, maps = model.forward_intermediates(x)
-    assert_close(final, model.forward_features(x))
-    assert [m.shape[1] for m in maps] == [16, 24, 32, 48]
-    stages = timm.create_model(name, features_only=True).eval()
-    flat = {re.sub(r"^(stem|stages)\.", r"\1_", key): m for key, m in model.state_dict().items()}
-    stages.load_state_dict({key: m for key, m in flat.items() if key.startswith("st")}, strict=True)
-    assert_close(stages(x), maps)
-    early = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
-    assert_close(early, maps[1:2])
-    assert_close(model.forward_intermediates(x, indices=1, norm=True)[1][0], final)
-    model.set_grad_checkpointing()
-    assert_close(model.forward_intermediates(x)[0], final)
-    with pytest.raises(ValueError, match="NCHW"):
-        model.forward_intermediates(x, output_fmt="NLC")
-
-
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", ["test_hydra", "test_vim"])
 def test_forward_intermediates_of_tokens(name):
     model = create(name)
     x = torch.randn(2, 3, 70, 45)
     final, maps = model.forward_intermediates(x)
-    assert_close(final, model.forward_features(x))
     assert [tuple(m.shape) for m in maps] == [(2, 32, 4, 2)] * 4
-    assert timm.create_model(name, features_only=True, out_indices=(1,)).eval()(x)[0].shape == maps[1].shape
-    patches, cls = model.forward_intermediates(x, indices=1, norm=True, output_fmt="NLC", return_prefix_tokens=True)[1][
-        0
-    ]
+    _, found = model.forward_intermediates(x, indices=1, norm=True, output_fmt="NLC", return_prefix_tokens=True)
+    ((patches, cls),) = found
     assert_close(patches if cls is None else torch.cat([patches[:, :4], cls, patches[:, 4:]], dim=1), final)
-    early = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
-    assert_close(early, maps[1:2])
     with pytest.raises(ValueError, match="'NCHW' or 'NLC'"):
         model.forward_intermediates(x, output_fmt="NHWC")
-    assert model.prune_intermediate_layers([1], prune_norm=True) == [1]
-    assert_close(model.forward_intermediates(x, indices=[1], intermediates_only=True), early)
-
-
-def test_head_keeps_the_dtype():
-    for name in SMALLEST:
-        model = create(name).bfloat16()
-        model.reset_classifier(7)
-        assert model.get_classifier().weight.dtype == torch.bfloat16
 
 
 def test_vim_begins_as_released():
@@ -192,15 +69,6 @@ def test_vim_begins_as_released():
     assert 0.5 < layer.out_proj.weight.abs().max() * (64**0.5) * (4**0.5) <= 1.0
     twin = timm.create_model("test_vim", mixer="hydra").blocks[0].mixer
     assert twin.mixer.mixer.out_proj.weight.abs().max() > 1.5 * twin.out_proj.weight.abs().max()
-
-
-def test_vim_exports_beside_its_own_size():
-    model = create("test_vim", num_classes=4)
-    auto = torch.export.Dim.AUTO
-    program = torch.export.export(model, (torch.randn(2, 3, 96, 80),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
-    for size in ((160, 160), (64, 112)):
-        x = torch.randn(1, 3, *size)
-        assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_class_token_stays_in_the_middle_at_any_size():
@@ -220,48 +88,6 @@ def test_class_token_stays_in_the_middle_at_any_size():
     assert_close(model.forward_head(tokens), torch.zeros(1, 32))
     with pytest.raises(ValueError, match="global_pool must be"):
         model.reset_classifier(0, "max")
-
-
-@pytest.mark.parametrize("name", HIERARCHICAL)
-def test_prune_intermediate_layers(name):
-    model = create(name)
-    x = torch.randn(1, 3, 32, 32)
-    want = model.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
-    assert model.prune_intermediate_layers([0, 2], prune_norm=True) == [0, 2]
-    assert len(model.stages) == 3 and model.num_features == model.feature_info[-1]["num_chs"]
-    model.reset_classifier(5, "avg")
-    assert model(x).shape == (1, 5)
-    assert_close(model.forward_intermediates(x, indices=[0, 2], intermediates_only=True), want)
-
-
-@pytest.mark.parametrize("name", SMALLEST)
-def test_compiles_without_a_graph_break(name):
-    model = create(name, num_classes=4)
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    with torch.no_grad():
-        for size in ((72, 104), (80, 112), (88, 96)):  # PyTorch's convolution has another path below 20480 elements
-            x = torch.randn(1, 3, *size)
-            assert_close(compiled(x), model(x))
-    assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("name", SMALLEST)
-def test_exports(name):
-    model = create(name, num_classes=4)
-    x = torch.randn(1, 3, 64, 96)
-    program = torch.export.export(model, (x,))
-    assert_close(program.module()(x), model(x))
-
-
-@pytest.mark.parametrize("name", SMALLEST)
-def test_layer_groups_cover_every_parameter(name):
-    from timm.models import group_parameters
-
-    model = create(name)
-    grouped = group_parameters(model, model.group_matcher())
-    assert {key for keys in grouped.values() for key in keys} == {key for key, _ in model.named_parameters()}
-    assert len(grouped) >= len(group_parameters(model, model.group_matcher(coarse=True)))
 
 
 def test_wrong_arguments_say_what_is_accepted():

@@ -25,7 +25,18 @@ def build(
 
     No layer takes either: torch's device context reaches all of them, those of timm too. On the device "meta" nothing
     is drawn, and ``load_state_dict(..., assign=True)`` fills the model.
+
+    Raises:
+        RuntimeError: the pretrained weights do not exist, cannot be fetched or do not fit.
     """
-    with nullcontext() if device is None else torch.device(device):
-        model = build_model_with_cfg(model_cls, variant, pretrained, **config)
+    try:
+        with nullcontext() if device is None else torch.device(device):
+            model = build_model_with_cfg(model_cls, variant, pretrained, **config)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise RuntimeError(
+            f"pretrained weights of {variant}: {error}\n`vision-ssm zoo list` says where weights are published; "
+            "a file of them is read by timm.create_model(..., checkpoint_path=FILE)"
+        ) from error
     return model if dtype is None else model.to(dtype)
