@@ -171,6 +171,8 @@ def test_a_trace_computes_the_same(name):
     (out,) = graph.train()(torch.randn(2, 3, 64, 64)).values()
     out.mean().backward()
     assert out.shape == (2, 42) and not without_gradient(graph)
+    features = create(name, scriptable=True, features_only=True, feature_cfg={"feature_cls": "fx"})
+    assert_close(torch.jit.script(features)(x), features(x), rtol=1e-4, atol=1e-5)
 
 
 @smallest

@@ -262,5 +262,5 @@ def build_hierarchy(
             f"{variant} has no dilated form: only output_stride=32 is accepted; got output_stride={output_stride}. "
             "Leave out the last stages with out_indices for finer maps"
         )
-    feature_cfg = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
-    return build(cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    features = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
+    return build(cls, variant, pretrained, features=features, **kwargs)

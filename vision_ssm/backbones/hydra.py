@@ -137,7 +137,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **config: An
         HydraViT,
         variant,
         pretrained,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        features={"out_indices": 3, "feature_cls": "getter"},
         **{**config, **kwargs},
     )
 

@@ -238,7 +238,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **config: An
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        features={"out_indices": 3, "feature_cls": "getter"},
         **{**config, **kwargs},
     )
 
