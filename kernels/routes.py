@@ -1,17 +1,21 @@
 """Routes: the orders in which a scan visits the cells of a grid.
 
 A route is data. VMamba's cross scan, Vim's two directions, EfficientVMamba's atrous scan and the scans of volumes and
-clips are tuples of routes; the operators know only the sequences that come out.
+clips are tuples of routes; the operators know only the sequences that come out. A set that images and volumes have is a
+function of the number of grid axes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .hilbert import hilbert_order
 
 __all__ = [
     "ATROUS",
@@ -20,13 +24,21 @@ __all__ = [
     "COLUMN",
     "COLUMN_BACK",
     "CROSS",
+    "HILBERT",
+    "HILBERT_3D",
+    "RASTER_3D",
     "ROUTES",
     "ROW",
     "ROW_BACK",
+    "TRI_3D",
     "Route",
     "Routes",
     "atrous",
+    "axial",
     "find_routes",
+    "hilbert",
+    "raster",
+    "tri",
 ]
 
 
@@ -47,6 +59,8 @@ class Route:
         reverse: visit in the opposite order.
         stride: visit every ``stride``-th cell along each axis (atrous scan).
         offset: first cell visited along each axis; zeros by default.
+        hilbert: visit these cells along a Hilbert curve, not line by line. It ends at the far end of the longest axis,
+            of equally long ones the slowest. Of up to three axes.
 
     Raises:
         ValueError: ``axes`` is no permutation, ``stride`` is below 1, or ``offset`` does not fit.
@@ -56,6 +70,7 @@ class Route:
     reverse: bool = False
     stride: int = 1
     offset: tuple[int, ...] | None = None
+    hilbert: bool = False
 
     def __post_init__(self) -> None:
         if not self.axes or sorted(self.axes) != list(range(len(self.axes))):
@@ -86,11 +101,20 @@ class Route:
         assert self.offset is not None
         cells = torch.arange(math.prod(grid)).reshape(tuple(grid))
         order = cells[tuple(slice(first, None, self.stride) for first in self.offset)].permute(self.axes).reshape(-1)
+        if self.hilbert and len(order):
+            curve = hilbert_order([self.visited(grid)[axis] for axis in self.axes])
+            order = order[torch.from_numpy(curve)]
         return order.flip(0) if self.reverse else order
 
     def affine(self, grid: Sequence[int]) -> Affine:
-        """The same order as :meth:`index`, for kernels that compute addresses in place of reading a table."""
+        """The same order as :meth:`index`, for kernels that compute addresses in place of reading a table.
+
+        Raises:
+            ValueError: the route is a Hilbert curve, which is no arithmetic.
+        """
         assert self.offset is not None
+        if self.hilbert:
+            raise ValueError(f"{self} follows a curve; read its table, index(grid)")
         pitch = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
         visited = self.visited(grid)
         sizes = tuple(visited[axis] for axis in self.axes)
@@ -103,6 +127,8 @@ class Route:
 
 
 Routes = tuple[Route, ...]
+RouteSet = Callable[[int], Routes]
+"""Routes for a grid of so many axes."""
 
 ROW, COLUMN = Route((0, 1)), Route((1, 0))
 ROW_BACK, COLUMN_BACK = Route((0, 1), reverse=True), Route((1, 0), reverse=True)
@@ -114,38 +140,76 @@ BIDIRECTIONAL: Routes = (ROW, ROW_BACK)
 """Vim (arXiv:2401.09417): rows, there and back."""
 
 
-def atrous(stride: int) -> Routes:
+def raster(dims: int) -> Routes:
+    """Line by line, the last axis fastest, there and back."""
+    axes = tuple(range(dims))
+    return Route(axes), Route(axes, reverse=True)
+
+
+def axial(dims: int) -> Routes:
+    """Fastest along each axis in turn, then all of them back: ``CROSS`` on images."""
+    turns = [tuple((first + axis) % dims for axis in range(dims)) for first in range(dims)]
+    return tuple(Route(axes, reverse=reverse) for reverse in (False, True) for axes in turns)
+
+
+def tri(dims: int) -> Routes:
+    """SegMamba (arXiv:2401.13560, section 2.2): slice by slice, the same back, and from slice to slice at each pixel.
+
+    Slices are the cells of the first axis, so on images the third route is column by column.
+    """
+    return *raster(dims), Route((*range(1, dims), 0))
+
+
+def hilbert(dims: int) -> Routes:
+    """A Hilbert curve, there and back: each step leads to a neighbouring cell, whatever the grid."""
+    axes = tuple(range(dims))
+    return Route(axes, hilbert=True), Route(axes, reverse=True, hilbert=True)
+
+
+def atrous(stride: int, dims: int = 2) -> Routes:
     """EfficientVMamba (arXiv:2403.09977): ``stride`` x ``stride`` interleaved sub-maps, each walked once.
 
-    Sub-maps that begin on an even row are walked row by row, the others column by column, as the paper does for 2 x 2.
-    Every cell is visited once, whatever the stride.
+    Sub-maps that begin on an even row are walked row by row, the others column by column, as the paper does for 2 x 2;
+    those of volumes likewise by their first slice, with the first axis fastest in place of column by column. Every cell
+    is visited once, whatever the stride.
 
     Raises:
         ValueError: ``stride`` is below 1.
     """
     if stride < 1:
         raise ValueError(f"stride must be at least 1; got {stride}")
+    axes = tuple(range(dims))
     return tuple(
-        Route((0, 1) if row % 2 == 0 else (1, 0), stride=stride, offset=(row, column))
-        for column in range(stride)
-        for row in range(stride)
+        Route(axes if offset[-1] % 2 == 0 else axes[::-1], stride=stride, offset=offset[::-1])
+        for offset in product(range(stride), repeat=dims)
     )
 
 
 ATROUS: Routes = atrous(2)
 """EfficientVMamba's published routes: four sub-maps."""
 
-AXIAL_3D: Routes = tuple(
-    Route(axes, reverse=reverse) for reverse in (False, True) for axes in ((0, 1, 2), (1, 2, 0), (2, 0, 1))
-)
+AXIAL_3D: Routes = axial(3)
 """Volumes (d, h, w): fastest along each of the three axes, and back."""
+
+RASTER_3D: Routes = raster(3)
+"""Volumes: slice by slice and row by row, there and back."""
+
+TRI_3D: Routes = tri(3)
+"""SegMamba's three orders of a volume."""
+
+HILBERT: Routes = hilbert(2)
+HILBERT_3D: Routes = hilbert(3)
 
 ROUTES: dict[str, Routes] = {
     "row": (ROW,),
     "cross": CROSS,
     "bidirectional": BIDIRECTIONAL,
     "atrous": ATROUS,
+    "hilbert": HILBERT,
     "axial_3d": AXIAL_3D,
+    "raster_3d": RASTER_3D,
+    "tri_3d": TRI_3D,
+    "hilbert_3d": HILBERT_3D,
 }
 
 
@@ -199,15 +263,15 @@ def encode(routes: Routes) -> list[int]:
     return [
         value
         for route in routes
-        for value in (*route.axes, int(route.reverse), route.stride, *(route.offset or (0,) * len(route.axes)))
+        for value in (*route.axes, int(route.reverse), route.stride, *(route.offset or ()), int(route.hilbert))
     ]
 
 
 @lru_cache(maxsize=256)
 def _decode(code: tuple[int, ...], dims: int) -> Routes:
-    width = 2 * dims + 2
+    width = 2 * dims + 3
     rows = (code[start : start + width] for start in range(0, len(code), width))
-    return tuple(Route(row[:dims], bool(row[dims]), row[dims + 1], row[dims + 2 :]) for row in rows)
+    return tuple(Route(row[:dims], bool(row[dims]), row[dims + 1], row[dims + 2 : -1], bool(row[-1])) for row in rows)
 
 
 def decode(code: Sequence[int], dims: int) -> Routes:

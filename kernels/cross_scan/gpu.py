@@ -1,4 +1,7 @@
-"""Cross scan and merge on the GPU, in Triton: addresses are arithmetic in the step (``Route.affine``)."""
+"""Cross scan and merge on the GPU, in Triton: addresses are arithmetic in the step (``Route.affine``).
+
+Hilbert curves, which are no arithmetic, are left to PyTorch's indexing.
+"""
 
 import math
 
@@ -7,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..routes import Route, Routes
+from ..routes import Route, Routes, index_table
 
 _AXES = 3
 _BLOCK = 256
@@ -63,6 +66,13 @@ def _launch(x: Tensor, y: Tensor, route: Route, k: int, grid: tuple[int, ...] | 
     if len(grid) > _AXES:
         raise ValueError(f"cross scan on a GPU takes grids of up to {_AXES} axes; got {tuple(grid)}")
     batch, routes, channels, length = y.shape
+    if route.hilbert:
+        cells, order = x.view(batch, channels, -1), index_table((route,), tuple(grid), x.device)[0]
+        if merge:
+            cells[..., order] += y[:, k]
+        else:
+            y[:, k] = cells[..., order]
+        return
     order = route.affine(grid)
     _, size1, size2 = (1,) * (_AXES - len(grid)) + order.sizes
     steps = (0,) * (_AXES - len(grid)) + order.steps

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..routes import ATROUS, AXIAL_3D, BIDIRECTIONAL, CROSS, ROW, Routes
+from ..routes import ATROUS, AXIAL_3D, BIDIRECTIONAL, CROSS, HILBERT, HILBERT_3D, ROW, TRI_3D, Routes
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ CASES: dict[str, Case] = {
     "atrous": Case(2, (4, 6), 5, 2, 1, ATROUS),
     "atrous_shared": Case(2, (4, 6), 5, 2, 1, ATROUS, shared=True),
     "volume": Case(1, (2, 3, 4), 4, 2, 1, AXIAL_3D),
+    "tri": Case(1, (3, 2, 5), 4, 2, 1, TRI_3D),
+    "curve": Case(2, (5, 6), 5, 2, 2, HILBERT),
+    "curve_volume": Case(2, (3, 2, 5), 4, 1, 1, HILBERT_3D),
     "stage1": Case(128, (56, 56), 96, 1, 6),
     "stage2": Case(128, (28, 28), 192, 1, 12),
     "stage3": Case(128, (14, 14), 384, 1, 24),

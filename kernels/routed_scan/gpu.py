@@ -18,7 +18,7 @@ from ..routes import Routes
 from ..selective_scan.gpu import TRITON_DTYPE
 from . import gpu_blocks
 from .gpu_kernels import apply_kernel, carry_kernel, gradient_kernel, summary_kernel
-from .gpu_plan import AXES, FIELDS, Plan, ceil_div, launches, plan
+from .gpu_plan import AXES, FIELDS, Plan, ceil_div, curved, launches, plan
 
 _PROGRAMS = 4096
 """Programs that fill a GPU; with fewer, runs are cut shorter."""
@@ -103,7 +103,8 @@ class _Call:
         ]
 
         cells = math.prod(grid)
-        lines = batch * cells // max(grid)
+        line = cells if curved(routes) else max(grid)
+        lines = batch * cells // line
         pieces = ceil_div(_PROGRAMS, ceil_div(lines, self.blocks["BLOCK_M"]) * self.tiles_d)
         per_cell = channels * dtype.itemsize
         if backward:
@@ -118,7 +119,7 @@ class _Call:
         for start in range(0, batch, size):
             samples = slice(start, min(start + size, batch))
             count = samples.stop - samples.start
-            lines = count * cells // max(grid)
+            lines = count * cells // line
             pieces = ceil_div(_PROGRAMS, ceil_div(lines, self.blocks["BLOCK_M"]) * self.tiles_d)
             walk = plan(routes, tuple(grid), pieces, device)
             runs = count * walk.runs
@@ -162,7 +163,7 @@ class _Call:
         total = x.new_empty(self.count, part.runs, self.channels, dtype=self.dtype)
         grid = part.tiles * self.tiles_d, self.count, ceil_div(self.state, self.blocks["BLOCK_N"])
         summary_kernel[grid](
-            x, dy, low_rank, dt_weight, dt_bias, A, part.plan.table, total, state, adjoint, dweights,
+            x, dy, low_rank, dt_weight, dt_bias, A, part.plan.table, part.plan.order, total, state, adjoint, dweights,
             *part.sizes, **self.constants,
         )  # fmt: skip
         if part.plan.runs > 1:
@@ -207,7 +208,7 @@ def _forward(
     partial = call.partial(y)
     for groups, flags, last in call.launches:
         apply_kernel[part.tiles * call.tiles_d, groups](
-            x, low_rank, dt_weight, dt_bias, A, D, part.plan.table, state, partial, y,
+            x, low_rank, dt_weight, dt_bias, A, D, part.plan.table, part.plan.order, state, partial, y,
             *part.sizes, *flags, last, **call.constants,
         )  # fmt: skip
     if not call.launches[-1][-1]:
@@ -256,8 +257,8 @@ def _backward(
         dlow.zero_()
     for groups, flags, last in call.launches:
         gradient_kernel[part.tiles * call.tiles_d, groups](
-            dy, x, low_rank, dt_weight, dt_bias, A, D, part.plan.table, state, adjoint, history, partial, dx, dlow,
-            dweights, *part.sizes, call.count, part.plan.steps, *flags, last, **call.constants,
+            dy, x, low_rank, dt_weight, dt_bias, A, D, part.plan.table, part.plan.order, state, adjoint, history,
+            partial, dx, dlow, dweights, *part.sizes, call.count, part.plan.steps, *flags, last, **call.constants,
         )  # fmt: skip
     if not call.launches[-1][-1]:
         dx.copy_(partial)

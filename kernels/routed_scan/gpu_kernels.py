@@ -9,9 +9,10 @@ the recurrence needs neither an associative scan nor an exchange between threads
 3. ``apply`` (and ``gradient``): the runs once more, now with the state that comes in.
 
 A cell's address is arithmetic in the step (``Route.affine``), so image size is no constant and nothing recompiles for a
-new one. Routes that are each other's reverse share their runs, and one program walks them both ways; others that
-share cells follow one launch after the other. All add to a float32 map: no atomics, so that two runs agree bit for bit.
-Exponentials are to the base 2, the one that the hardware has: Δ is kept as Δ log2(e).
+new one. Where a route is a curve, every path is one line, whose steps are places in a table of cells, ``order``. Routes
+that are each other's reverse share their runs, and one program walks them both ways; others that share cells follow
+one launch after the other. All add to a float32 map: no atomics, so that two runs agree bit for bit. Exponentials are
+to the base 2, the one that the hardware has: Δ is kept as Δ log2(e).
 """
 
 import math
@@ -90,9 +91,10 @@ def with_states(mask, o_n, STATE, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def runs_of(table, row, o_m, BATCH, CELLS, FIELDS: tl.constexpr):
-    """For runs ``o_m`` of a route, counted over the batch: first cell, number of steps, place among the sample's runs;
-    then of the route: runs in a sample, most steps in a run, cells that a step moves.
+def runs_of(table, order, row, o_m, BATCH, CELLS, FIELDS: tl.constexpr):
+    """For runs ``o_m`` of a route, counted over the batch: the sample's first cell, first position (see ``cell_at``),
+    number of steps, place among the sample's runs; then of the route: runs in a sample, most steps in a run, what a
+    step adds to the position.
 
     The table's row of a route: sizes of the two faster axes, cells moved by a step along each axis, first cell, runs in
     a sample, steps in a run, whether it is reversed, index. A reversed route walks the same runs from their ends.
@@ -107,11 +109,18 @@ def runs_of(table, row, o_m, BATCH, CELLS, FIELDS: tl.constexpr):
     line = place // pieces
     left = (place - line * pieces) * length
     slow = line // size1
-    cell = (
-        sample.to(tl.int64) * CELLS + tl.load(table + 5) + slow * step0 + (line - slow * size1) * step1 + left * step2
-    )
+    origin = sample.to(tl.int64) * CELLS
+    at = tl.load(table + 5) + slow * step0 + (line - slow * size1) * step1 + left * step2
+    if order is None:
+        at += origin
     steps = tl.where(sample < BATCH, tl.minimum(size2 - left, length), 0)
-    return cell, steps, place, runs, length, step2
+    return origin, at, steps, place, runs, length, step2
+
+
+@triton.jit
+def cell_at(order, origin, at, mask):
+    """The cells of positions ``at``: those numbers themselves, or what the table of cells has there."""
+    return at if order is None else origin + tl.load(order + at, mask, 0)
 
 
 @triton.jit
@@ -119,18 +128,18 @@ def enter(
     table, row, start, steps, stride, weight, bias, A, o_d, o_n, CHANNELS, STATE, RANK,
     FIELDS: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What it takes to walk a route over the runs that begin at cells ``start``: its index, its direction (1 or -1),
-    its first cells and step; projection [R, D] and bias [D] of Δ log2(e), and A [1, D] or [1, D, N].
+    """What it takes to walk a route over the runs that begin at ``start``: its index, its direction (1 or -1), its
+    first positions and step; projection [R, D] and bias [D] of Δ log2(e), and A [1, D] or [1, D, N].
     """
     table += row * FIELDS
     k, ahead = tl.load(table + 9).to(tl.int32), 1 - 2 * tl.load(table + 8).to(tl.int32)
-    cell = start + tl.where(ahead < 0, steps - 1, 0) * stride
+    at = start + tl.where(ahead < 0, steps - 1, 0) * stride
     o_r = tl.arange(0, BLOCK_R)
     o_kd, m_d = k * CHANNELS + o_d, o_d < CHANNELS
     w = tl.load(weight + o_kd[None, :] * RANK + o_r[:, None], (o_r < RANK)[:, None] & m_d[None, :], 0.0)
     shift = tl.load(bias + o_kd, m_d, 0.0).to(ACC) * _LOG2E
     decay = tl.load(A + tail(o_kd * STATE, BLOCK_N) + o_n, with_states(m_d, o_n, STATE, BLOCK_N), 0.0).to(ACC)
-    return k, ahead, cell, stride * ahead, (w.to(ACC) * _LOG2E).to(DTYPE), shift, tl.expand_dims(decay, 0)
+    return k, ahead, at, stride * ahead, (w.to(ACC) * _LOG2E).to(DTYPE), shift, tl.expand_dims(decay, 0)
 
 
 @triton.jit
@@ -174,7 +183,7 @@ def step_size(low, m_t, w, shift, COARSE: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES)
 def summary_kernel(
-    x, dy, low_rank, weight, bias, A, table, total, state, adjoint, dweights,
+    x, dy, low_rank, weight, bias, A, table, order, total, state, adjoint, dweights,
     BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS,
     FIELDS: tl.constexpr, ALIGN: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -189,8 +198,8 @@ def summary_kernel(
     first = tl.program_id(2) * BLOCK_N
     o_n = states_from(first, BLOCK_N)
     m_d = o_d < CHANNELS
-    start, steps, _place, _runs, length, stride = runs_of(table, row, o_m, BATCH, CELLS, FIELDS)
-    k, _ahead, cell, step, w, shift, decay = enter(
+    origin, start, steps, _place, _runs, length, stride = runs_of(table, order, row, o_m, BATCH, CELLS, FIELDS)
+    k, _ahead, at, step, w, shift, decay = enter(
         table, row, start, steps, stride, weight, bias, A, o_d, o_n, CHANNELS, STATE, RANK,
         FIELDS, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N,
     )  # fmt: skip
@@ -200,6 +209,7 @@ def summary_kernel(
     h = tail(s, BLOCK_N) * decay
     p, g = h + 1, h
     m_next = steps > 0
+    cell = cell_at(order, origin, at, m_next)
     u_next, low_next, b_next, c_next = read(
         x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
     )
@@ -209,8 +219,9 @@ def summary_kernel(
         if dy is not None:
             mask = m_t[:, None] & m_d[None, :]
             dout = tl.load(dy + cell[:, None] * CHANNELS + o_d[None, :], mask, 0.0).to(ACC)
-        cell += step
+        at += step
         m_next = t + 1 < steps
+        cell = cell_at(order, origin, at, m_next)
         u_next, low_next, b_next, c_next = read(
             x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
         )
@@ -270,7 +281,7 @@ def carry_kernel(
 
 @triton.jit(do_not_specialize=[*_SIZES, *_LAUNCH])
 def apply_kernel(
-    x, low_rank, weight, bias, A, D, table, state, partial, y,
+    x, low_rank, weight, bias, A, D, table, order, state, partial, y,
     BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS, ROW, ROUTES, ADD, LAST,
     FIELDS: tl.constexpr, ALIGN: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -286,11 +297,11 @@ def apply_kernel(
     m_d = o_d < CHANNELS
     parts = tl.cdiv(STATE, BLOCK_N)
     path = ROW + tl.program_id(1) * ROUTES
-    start, steps, place, runs, length, stride = runs_of(table, path, o_m, BATCH, CELLS, FIELDS)
+    origin, start, steps, place, runs, length, stride = runs_of(table, order, path, o_m, BATCH, CELLS, FIELDS)
     for i in range(ROUTES * parts):
         row = path + i // parts
         o_n = states_from(i % parts * BLOCK_N, BLOCK_N)
-        k, ahead, cell, step, w, shift, decay = enter(
+        k, ahead, at, step, w, shift, decay = enter(
             table, row, start, steps, stride, weight, bias, A, o_d, o_n, CHANNELS, STATE, RANK,
             FIELDS, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N,
         )  # fmt: skip
@@ -305,6 +316,7 @@ def apply_kernel(
 
         column = k * (RANK + 2 * STATE) % COLUMNS  # one set of columns may serve all routes
         m_next = steps > 0
+        cell = cell_at(order, origin, at, m_next)
         u_next, low_next, b_next, c_next = read(
             x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
         )
@@ -313,8 +325,9 @@ def apply_kernel(
             b, c = tl.expand_dims(b_next.to(ACC) * _LN2, 1), tl.expand_dims(c_next.to(ACC), 1)
             offset = cell[:, None] * CHANNELS + o_d[None, :]
             old = tl.load(partial + offset, m_t[:, None] & m_add[None, :], 0.0).to(ACC)
-            cell += step
+            at += step
             m_next = t + 1 < steps
+            cell = cell_at(order, origin, at, m_next)
             u_next, low_next, b_next, c_next = read(
                 x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
             )
@@ -333,7 +346,7 @@ def apply_kernel(
     do_not_specialize=["BATCH", "CELLS", "RUNS", "RANK", "COLUMNS", "K", "LONGEST", "ROW", "ROUTES", "ADD", "LAST"]
 )
 def gradient_kernel(
-    dy, x, low_rank, weight, bias, A, D, table, state, adjoint, history, partial, dx, dlow_rank, dweights,
+    dy, x, low_rank, weight, bias, A, D, table, order, state, adjoint, history, partial, dx, dlow_rank, dweights,
     BATCH, CELLS, RUNS, CHANNELS, STATE, RANK, COLUMNS, K, LONGEST, ROW, ROUTES, ADD, LAST,
     FIELDS: tl.constexpr, ALIGN: tl.constexpr, COARSE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -356,11 +369,11 @@ def gradient_kernel(
     dlow_rank += block.to(tl.int64) * BATCH * CELLS * COLUMNS
     parts = tl.cdiv(STATE, BLOCK_N)
     path = ROW + tl.program_id(1) * ROUTES
-    start, steps, place, runs, length, stride = runs_of(table, path, o_m, BATCH, CELLS, FIELDS)
+    origin, start, steps, place, runs, length, stride = runs_of(table, order, path, o_m, BATCH, CELLS, FIELDS)
     for i in range(ROUTES * parts):
         row = path + i // parts
         o_n = states_from(i % parts * BLOCK_N, BLOCK_N)
-        k, ahead, cell, step, w, shift, decay = enter(
+        k, ahead, at, step, w, shift, decay = enter(
             table, row, start, steps, stride, weight, bias, A, o_d, o_n, CHANNELS, STATE, RANK,
             FIELDS, low_rank.dtype.element_ty, ACC, BLOCK_R, BLOCK_N,
         )  # fmt: skip
@@ -378,13 +391,15 @@ def gradient_kernel(
 
         column = k * (RANK + 2 * STATE) % COLUMNS  # one set of columns may serve all routes
         m_next = steps > 0
+        cell = cell_at(order, origin, at, m_next)
         u_next, low_next, b_next, c_next = read(
             x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
         )
         for t in range(length):
             m_t, u, low, b = m_next, u_next.to(ACC), low_next, tl.expand_dims(b_next.to(ACC) * _LN2, 1)
-            cell += step
+            at += step
             m_next = t + 1 < steps
+            cell = cell_at(order, origin, at, m_next)
             u_next, low_next, b_next, c_next = read(
                 x, low_rank, cell, m_next, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
             )
@@ -398,8 +413,9 @@ def gradient_kernel(
         m_add = o_d < tl.where(ADD + i > 0, CHANNELS, 0)
         m_more = o_r < tl.where(i % parts > 0, RANK, 0)
         last = (LAST > 0) & (i == ROUTES * parts - 1)
-        cell -= step
+        at -= step
         m_next = length <= steps
+        cell = cell_at(order, origin, at, m_next)
         u_next, low_next, b_next, c_next, dout_next, h_next = read_back(
             x, low_rank, dy, history + (length - 1) * tile + o_h, cell, m_next, column, o_d, o_n,
             CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N,
@@ -410,8 +426,9 @@ def gradient_kernel(
             b, c = tl.expand_dims(b_next.to(ACC) * _LN2, 1), tl.expand_dims(c_next.to(ACC), 1)
             offset, rows = cell[:, None] * CHANNELS + o_d[None, :], cell * COLUMNS + column
             old = tl.load(partial + offset, m_t[:, None] & m_add[None, :], 0.0).to(ACC)
-            cell -= step
+            at -= step
             m_next = (t - 1 < steps) & (steps * 0 < t)
+            cell = cell_at(order, origin, at, m_next)
             u_next, low_next, b_next, c_next, dout_next, h_next = read_back(
                 x, low_rank, dy, history + tl.maximum(t - 1, 0) * tile + o_h, cell, m_next, column, o_d, o_n,
                 CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N,

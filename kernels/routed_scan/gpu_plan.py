@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..routes import Route, Routes
+from ..routes import Affine, Route, Routes, disjoint
 
 AXES = 3
 FIELDS = 10
@@ -20,11 +20,13 @@ _SHORTEST = 8
 
 
 class Plan(NamedTuple):
-    """The routes' table (k, FIELDS); runs of a sample and steps of a run, at most over the routes."""
+    """The routes' table (k, FIELDS); runs of a sample and steps of a run, at most over the routes; and the cells of the
+    paths, one path after the other, where some are no arithmetic."""
 
     table: Tensor
     runs: int
     steps: int
+    order: Tensor | None
 
 
 class Launch(NamedTuple):
@@ -48,15 +50,41 @@ def ceil_div(a: int, b: int) -> int:
 def plan(routes: Routes, grid: tuple[int, ...], pieces: int, device: torch.device) -> Plan:
     """Cuts every line of the fastest axis into about ``pieces`` runs, none much shorter than ``_SHORTEST`` steps."""
     rows = []
+    order = path_order(routes, grid, device) if curved(routes) else None
     for k in _order(routes):
-        sizes, steps, first = replace(routes[k], reverse=False).affine(grid)
+        sizes, steps, first = _in_order(routes, k, grid) if curved(routes) else _ahead(routes[k]).affine(grid)
         sizes, steps = (1,) * (AXES - len(sizes)) + sizes, (0,) * (AXES - len(steps)) + steps
         length = ceil_div(sizes[2], max(1, min(pieces, sizes[2] // _SHORTEST)))
         runs = sizes[0] * sizes[1] * ceil_div(sizes[2], length)
         rows.append((*sizes[1:], *steps, first, runs, length, int(routes[k].reverse), k))
-    return Plan(
-        kept(torch.tensor(rows, dtype=torch.int64), device), max(row[6] for row in rows), max(row[7] for row in rows)
-    )
+    table = kept(torch.tensor(rows, dtype=torch.int64), device)
+    return Plan(table, max(row[6] for row in rows), max(row[7] for row in rows), order)
+
+
+def curved(routes: Routes) -> bool:
+    """Whether some route is no arithmetic, so that all are read from tables."""
+    return any(route.hilbert for route in routes)
+
+
+@cache  # for the reason that plans are
+def path_order(routes: Routes, grid: tuple[int, ...], device: torch.device) -> Tensor:
+    """The cells of every path, one path after the other, int32."""
+    return kept(torch.cat([route.index(grid) for route in _paths(routes)]).int(), device)
+
+
+def _in_order(routes: Routes, k: int, grid: tuple[int, ...]) -> Affine:
+    """A route as the places in ``path_order`` of its cells: a single line."""
+    length = routes[k].length(grid)
+    return Affine((length,), (1,), _paths(routes).index(_ahead(routes[k])) * length)
+
+
+def _ahead(route: Route) -> Route:
+    """The path of a route: what it and its reverse have in common."""
+    return replace(route, reverse=False)
+
+
+def _paths(routes: Routes) -> list[Route]:
+    return list(dict.fromkeys(map(_ahead, routes)))
 
 
 def kept(table: Tensor, device: torch.device) -> Tensor:
@@ -75,13 +103,13 @@ def kept(table: Tensor, device: torch.device) -> Tensor:
 
 def launches(routes: Routes, grid: tuple[int, ...]) -> list[Launch]:
     """One launch per path; paths that share no cell go together."""
-    paths = [_path(routes[k]) for k in _order(routes)]
+    paths = [_ahead(routes[k]) for k in _order(routes)]
     found: list[Launch] = []
-    members: list[tuple[object, ...]] = []
-    for path in dict.fromkeys(paths):
+    members: list[Route] = []
+    for path in _paths(routes):
         count = paths.count(path)
         last = found[-1] if found else None
-        if last and last.routes == count and all(path[1] == other[1] and path[2] != other[2] for other in members):
+        if last and last.routes == count and all(disjoint((path, other)) for other in members):
             members.append(path)
             found[-1] = last._replace(groups=last.groups + 1)
         else:
@@ -91,12 +119,7 @@ def launches(routes: Routes, grid: tuple[int, ...]) -> list[Launch]:
     return [launch._replace(full=launch.groups * visited == math.prod(grid)) for launch in found]
 
 
-def _path(route: Route) -> tuple[object, ...]:
-    """What a route and its reverse have in common."""
-    return route.axes, route.stride, route.offset
-
-
 def _order(routes: Routes) -> list[int]:
     """The routes' indices, those of one path side by side."""
-    paths = [_path(route) for route in routes]
-    return sorted(range(len(routes)), key=lambda k: (paths.index(paths[k]), k))
+    paths = _paths(routes)
+    return sorted(range(len(routes)), key=lambda k: (paths.index(_ahead(routes[k])), k))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vision_ssm.kernels import ATROUS, AXIAL_3D, BIDIRECTIONAL, CROSS, cross_merge, cross_scan
+from vision_ssm.kernels import ATROUS, AXIAL_3D, BIDIRECTIONAL, CROSS, HILBERT_3D, ROW, cross_merge, cross_scan, hilbert
 from vision_ssm.kernels.cross_scan import gpu
 from vision_ssm.kernels.cross_scan.reference import cross_merge_ref, cross_scan_ref
 from vision_ssm.kernels.routes import index_table
@@ -17,6 +17,8 @@ CASES = [
     (BIDIRECTIONAL, (3, 4)),
     (ATROUS, (4, 6)),
     (AXIAL_3D, (2, 3, 4)),
+    (HILBERT_3D, (3, 2, 4)),
+    ((ROW, *hilbert(2)), (3, 5)),
 ]
 IDS = [f"{len(routes)}_routes_{grid}" for routes, grid in CASES]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from vision_ssm.kernels import ATROUS, BIDIRECTIONAL, CROSS, ROW, Route, recurrence, routed_scan
+from vision_ssm.kernels import ATROUS, BIDIRECTIONAL, CROSS, HILBERT, ROW, Route, recurrence, routed_scan
 from vision_ssm.kernels.routed_scan import gpu
 from vision_ssm.kernels.routed_scan.cases import CASES, SMALL, Case, make_inputs
 from vision_ssm.kernels.routed_scan.reference import routed_scan_ref
@@ -102,8 +102,10 @@ def test_triton_equals_reference(name, small_blocks, device):
         Case(1, (3, 4), 4, 1, 2, (ROW, Route((0, 1), stride=1), COLUMN_BACK)),
         Case(1, (4, 4), 3, 1, 1, (ATROUS[0], ATROUS[3], ATROUS[1])),
         Case(1, (19,), 3, 3, 2, (Route((0,)), Route((0,), reverse=True))),
+        Case(2, (5, 7), 3, 1, 1, (HILBERT[1], COLUMN, HILBERT[0])),
+        Case(1, (6, 4), 3, 1, 1, tuple(replace(route, hilbert=True) for route in ATROUS)),
     ],
-    ids=["wide", "high", "not all cells", "a route twice", "some paths apart", "one axis"],
+    ids=["wide", "high", "not all cells", "a route twice", "some paths apart", "one axis", "curve and lines", "curves"],
 )
 def test_triton_takes_any_routes(case, small_blocks, device, monkeypatch):
     monkeypatch.setattr(gpu, "_PROGRAMS", 10**6)  # runs as short as they get
@@ -279,7 +281,7 @@ def test_strided_inputs_and_gradients():
     assert all(torch.equal(have[key], want[key]) for key in want)
 
 
-@pytest.mark.parametrize("name", ["prime_grid", "atrous", "volume"])
+@pytest.mark.parametrize("name", ["prime_grid", "atrous", "volume", "curve_volume"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck itself reads it
 def test_opcheck(name):
     inputs = make_inputs(CASES[name], torch.float32, "cpu")
@@ -288,17 +290,18 @@ def test_opcheck(name):
     torch.library.opcheck(torch.ops.vision_ssm.routed_scan.default, (*tensors, code))
 
 
-def test_one_compilation_serves_every_size():
+@pytest.mark.parametrize("routes", [CROSS, HILBERT], ids=["cross", "hilbert"])
+def test_one_compilation_serves_every_size(routes):
     sizes = []
 
     def count(graph, inputs):
         sizes.append(graph)
         return graph.forward
 
-    compiled = torch.compile(lambda *m: routed_scan(*m, CROSS), fullgraph=True, dynamic=True, backend=count)
+    compiled = torch.compile(lambda *m: routed_scan(*m, routes), fullgraph=True, dynamic=True, backend=count)
     for grid in ((5, 7), (9, 13), (6, 17)):  # sizes that no other axis has, which PyTorch would tie to it
-        inputs = make_inputs(Case(2, grid, 11, 3, 3), torch.float32, "cpu")
-        assert torch.equal(compiled(*inputs.values()), routed_scan(*inputs.values(), CROSS))
+        inputs = make_inputs(Case(2, grid, 11, 3, 3, routes), torch.float32, "cpu")
+        assert torch.equal(compiled(*inputs.values()), routed_scan(*inputs.values(), routes))
     assert len(sizes) == 1
 
 
