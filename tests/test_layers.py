@@ -44,30 +44,37 @@ def ss2d(facts, arrays, prefix="w."):
     return layer
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "vmamba_gated_nhwc",
-        "vmamba_nogate_nchw",
-        "vmamba_nogate_ratio2_n16",
-        "vmamba_single_row",
-        "vmamba_wide_input",
-        "efficientvmamba_even",
-        "efficientvmamba_odd",
-        "efficientvmamba_single_row",
-    ],
-)
-def test_golden_layer(name, golden_file):
+GOLDEN = """
+    vmamba_gated_nhwc vmamba_nogate_nchw vmamba_nogate_ratio2_n16 vmamba_single_row vmamba_wide_input
+    efficientvmamba_even efficientvmamba_odd efficientvmamba_single_row
+"""
+
+
+def golden_results(name, golden_file, device, dtype):
+    """Pairs of what the layer gives and what the file has: the output, then the gradients."""
     facts, arrays = golden(golden_file, name)
-    layer = ss2d(facts, arrays)
-    x = arrays["x"].requires_grad_()
+    layer = ss2d(facts, arrays).to(device, dtype)
+    x = arrays["x"].to(device, dtype).requires_grad_()
     y = layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if facts["layout"] == "NCHW" else layer(x)
-    assert_close(y, arrays["y"], **EXACT)
-    y.backward(arrays["dy"])
-    assert_close(x.grad, arrays["grad_x"], **EXACT)
+    y.backward(arrays["dy"].to(device, dtype))
     wanted = ours(arrays, "grad_w.")
+    yield y, arrays["y"]
+    yield x.grad, arrays["grad_x"]
     for key, parameter in layer.named_parameters():
-        assert_close(parameter.grad, wanted[key], **EXACT, msg=lambda text, key=key: f"{key}: {text}")
+        yield parameter.grad, wanted[key]
+
+
+@pytest.mark.parametrize("name", GOLDEN.split())
+def test_golden_layer(name, golden_file):
+    for have, want in golden_results(name, golden_file, "cpu", torch.float64):
+        assert_close(have, want, **EXACT)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the float32 of a GPU; float64 on a CPU is above")
+@pytest.mark.parametrize("name", GOLDEN.split())
+def test_golden_layer_on_a_gpu(name, golden_file):
+    for have, want in golden_results(name, golden_file, "cuda", torch.float32):
+        assert (have.cpu().double() - want).norm() <= 1e-4 * want.norm()
 
 
 def test_golden_efficient_block(golden_file):

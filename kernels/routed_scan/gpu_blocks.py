@@ -38,6 +38,9 @@ _PIECES = 12
 _SHORTEST = 64
 """Steps of a segment at least."""
 
+_ALIGNED = 8
+"""Samples that a part of a batch is a multiple of, so that half-precision maps of any size begin at 16 bytes."""
+
 
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -129,27 +132,25 @@ class _Part(NamedTuple):
 
 
 class _Launcher:
-    """Launches one kernel with arguments that differ in their tensors only.
+    """Launches one kernel with arguments that differ in their tensors only, all of them aligned to 16 bytes.
 
-    Triton works out at each launch which of its compiled programs fits the arguments, which takes longer than the
-    kernels of small maps. Here all that it looks at is fixed but the tensors' alignment, so the program of the first
-    launch is kept for tensors that are aligned like those of the first.
+    Triton works out at each launch which of its compiled programs fits the arguments, and asks the driver about each
+    tensor, which takes longer than the kernels of small maps. Here all that it looks at is fixed, so the program of the
+    first launch is kept and handed addresses.
     """
 
-    def __init__(self, function: Any, grid: tuple[int, ...], constants: Mapping[str, Any]) -> None:
-        self.function, self.constants = function, constants
+    def __init__(self, function: Any, grid: tuple[int, ...], numbers: Sequence[int], constants: Mapping[str, Any]):
+        self.function, self.numbers, self.constants = function, numbers, constants
         self.grid = grid + (1,) * (3 - len(grid))
         self.program: Any = None
 
-    def __call__(self, *args: Any) -> None:
-        aligned = all(m.data_ptr() % 16 == 0 for m in args if isinstance(m, Tensor))
-        if self.program is None or not aligned:
-            program = self.function[self.grid](*args, **self.constants)
-            if aligned:
-                names = self.function.arg_names[len(args) :]
-                self.program, self.rest = program[self.grid], tuple(self.constants[name] for name in names)
+    def __call__(self, *tensors: Tensor) -> None:
+        if self.program is None:
+            program = self.function[self.grid](*tensors, *self.numbers, **self.constants)
+            names = self.function.arg_names[len(tensors) + len(self.numbers) :]
+            self.program, self.rest = program[self.grid], (*self.numbers, *map(self.constants.__getitem__, names))
         else:
-            self.program(*args, *self.rest)
+            self.program(*map(Tensor.data_ptr, tensors), *self.rest)
 
 
 class _Call:
@@ -208,6 +209,8 @@ class _Call:
             floats += self.blocks * self.cells * self.columns
         scratch = _SCRATCH["backward" if backward else "forward"] * min(2, self.state)
         size = ceil_div(batch, min(batch, max(1, ceil_div(4 * floats * batch, scratch))))
+        if size < batch:
+            size = ceil_div(size, _ALIGNED) * _ALIGNED
         units = multiprocessors(device)
         for first in range(0, batch, size):
             samples = slice(first, min(first + size, batch))
@@ -221,24 +224,29 @@ class _Call:
             order = order_table(routes, grid, segments * segment, device)
             yield _Part(samples, count, segments, segment, piece, order)
 
-    def launch(self, part: _Part, kernel: Any, grid: tuple[int, ...], *args: Any, **flags: bool) -> None:
+    def launch(
+        self, part: _Part, kernel: Any, grid: tuple[int, ...], *tensors: Tensor, numbers: tuple[int, ...] = (),
+        **flags: bool,
+    ) -> None:  # fmt: skip
         """``flags`` are the kernel's own constants, in a fixed order; the call's are known."""
-        key = (kernel, part.samples.start, *flags.values())
+        key = (kernel, part.samples.start, numbers, *flags.values())
         launcher = self.launchers.get(key)
         if launcher is None:
             constants = {name: value for name, value in self.constants.items() if name in kernel.arg_names}
             constants.update(flags, num_warps=self.warps)
-            launcher = self.launchers[key] = _Launcher(kernel, grid, constants)
-        launcher(*args)
+            sizes = self.cells, self.channels, self.columns, part.segment, part.segments
+            launcher = self.launchers[key] = _Launcher(kernel, grid, sizes + numbers, constants)
+        launcher(*tensors)
 
     def merge(self, part: _Part, parts: Tensor, out: Tensor) -> None:
         """The sum of ``parts`` over their first axis."""
         key = merge_kernel, part.samples.start, out.dtype, out.shape
         launcher = self.launchers.get(key)
         if launcher is None:
-            constants = {"BLOCK": 1024, "num_warps": 4}
-            launcher = self.launchers[key] = _Launcher(merge_kernel, (ceil_div(out.numel(), 1024),), constants)
-        launcher(parts, out, parts.shape[0], out.numel())
+            grid, numbers = (ceil_div(out.numel(), 1024),), (parts.shape[0], out.numel())
+            launcher = _Launcher(merge_kernel, grid, numbers, {"BLOCK": 1024, "num_warps": 4})
+            self.launchers[key] = launcher
+        launcher(parts, out)
 
     def cut(self, maps: Sequence[Tensor], part: _Part) -> Sequence[Tensor]:
         """A part of each map; the maps themselves if it is all of them."""
@@ -247,9 +255,6 @@ class _Call:
     def walks(self, part: _Part) -> tuple[int, int]:
         return part.batch * part.segments * self.blocks, self.routes
 
-    def sizes(self, part: _Part) -> tuple[int, ...]:
-        return self.cells, self.channels, self.columns, part.segment, part.segments
-
     def per_segment(self, part: _Part, like: Tensor, *sizes: int) -> Tensor:
         """Scratch memory for each segment of each route; where routes are not cut, kernels do not look at it."""
         if part.segments == 1:
@@ -257,12 +262,17 @@ class _Call:
         return like.new_empty(self.routes, part.batch * part.segments, *sizes, self.channels)
 
     def carry(self, part: _Part, total: Tensor, state: Tensor, A: Tensor, *, back: bool) -> None:
-        block_s = min(128, max(2, triton.next_power_of_2(part.segments)))
-        grid = (self.routes * part.batch * self.state * ceil_div(self.channels, 32),)
-        carry_kernel[grid](
-            total, state, A, part.segments, self.channels, self.state, part.batch, self.routes,
-            BACK=back, BLOCK_S=block_s, BLOCK_D=32, num_warps=4 if block_s > 32 else 1,
-        )  # fmt: skip
+        """What comes into each segment, in the place of what each leaves."""
+        key = carry_kernel, part.samples.start, back
+        launcher = self.launchers.get(key)
+        if launcher is None:
+            block_s = min(128, max(2, triton.next_power_of_2(part.segments)))
+            grid = (self.routes * part.batch * self.state * ceil_div(self.channels, 32),)
+            numbers = part.segments, self.channels, self.state, part.batch, self.routes
+            warps = 4 if block_s > 32 else 1
+            constants = {"BACK": back, "BLOCK_S": block_s, "BLOCK_D": 32, "num_warps": warps}
+            launcher = self.launchers[key] = _Launcher(carry_kernel, grid, numbers, constants)
+        launcher(total, state, A)
 
 
 _cached_call = lru_cache(maxsize=256)(_Call)
@@ -279,8 +289,14 @@ def _call(x: Tensor, low_rank: Tensor, weights: tuple[Tensor, ...], routes: Rout
 
 
 def _aligned(m: Tensor) -> Tensor:
-    """A map that begins at a multiple of 16 bytes, as its rows are copied."""
+    """A tensor that begins at a multiple of 16 bytes: maps are copied in such pieces, and programs are kept for it."""
     return m if m.data_ptr() % 16 == 0 else m.clone()
+
+
+def _by_state(A: Tensor) -> Tensor:
+    """A as float32, laid out (n, k, c)."""
+    A = A.float()
+    return A if A.shape[-1] == 1 else A.permute(2, 0, 1).contiguous()
 
 
 def forward(
@@ -289,9 +305,9 @@ def forward(
     """See :func:`vision_ssm.kernels.routed_scan.op.routed_scan`; all tensors contiguous."""
     call = _call(x, low_rank, (dt_weight, dt_bias, A, D), routes, backward=False)
     y = torch.empty_like(x) if call.full else torch.zeros_like(x)
-    A = A.float().permute(2, 0, 1).contiguous()  # (n, k, c)
+    x, low_rank, dt_weight, dt_bias, A, D = map(_aligned, (x, low_rank, dt_weight, dt_bias, _by_state(A), D))
     for part in call.parts:
-        maps = (*map(_aligned, call.cut((x, low_rank), part)), *call.cut((y,), part))
+        maps = call.cut((x, low_rank, y), part)
         (_forward_pairs if call.pairs else _forward)(call, part, maps, dt_weight, dt_bias, A, D)
     return y
 
@@ -310,7 +326,7 @@ def _forward(
         call.launch(
             part, walk_kernel, call.walks(part),
             x, x, low_rank, dt_weight, dt_bias, A, D, part.order, state, total, state, state, state, state, partial,
-            *call.sizes(part), OUTPUT=output, TRACE=False, ADJOINT=False, PARTIAL=not call.direct, SPLIT=split,
+            OUTPUT=output, TRACE=False, ADJOINT=False, PARTIAL=not call.direct, SPLIT=split,
         )  # fmt: skip
         if not output:
             call.carry(part, total, state, A, back=False)
@@ -331,7 +347,7 @@ def _forward_pairs(
         call.launch(
             part, pair_kernel, (part.batch * pieces * call.blocks,),
             x, low_rank, dt_weight, dt_bias, A, D, part.order, state, history, prefix, partial, y,
-            *call.sizes(part), ahead, back, part.piece,
+            numbers=(ahead, back, part.piece),
             ADD=place > 0, LAST=place == len(call.pairs) - 1, SPLIT=part.segments > 1,
         )  # fmt: skip
 
@@ -351,7 +367,7 @@ def _trace(
     call.launch(
         part, walk_kernel, call.walks(part),
         x, x if dy is None else dy, low_rank, dt_weight, dt_bias, A, D, part.order, state, total, state, adjoint,
-        history, prefix, x, *call.sizes(part), OUTPUT=False, TRACE=True, ADJOINT=split and dy is not None,
+        history, prefix, x, OUTPUT=False, TRACE=True, ADJOINT=split and dy is not None,
         PARTIAL=False, SPLIT=split,
     )  # fmt: skip
     if split:
@@ -369,10 +385,11 @@ def backward(
     call = _call(x, low_rank, weights, routes, backward=True)
     dx = torch.empty_like(x) if call.full else torch.zeros_like(x)
     dlow_rank = torch.empty_like(low_rank) if call.whole else torch.zeros_like(low_rank)
-    A = A.float().permute(2, 0, 1).contiguous()  # (n, k, c)
+    dy, x, low_rank = map(_aligned, (dy, x, low_rank))
+    dt_weight, dt_bias, A, D = map(_aligned, (dt_weight, dt_bias, _by_state(A), D))
     sums = x.new_empty(len(call.parts), sum(call.weights), dtype=torch.float32)
     for row, part in zip(sums, call.parts, strict=True):
-        maps = (*map(_aligned, call.cut((dy, x, low_rank), part)), *call.cut((dx, dlow_rank), part))
+        maps = call.cut((dy, x, low_rank, dx, dlow_rank), part)
         torch.sum(_backward(call, part, maps, dt_weight, dt_bias, A, D), 0, out=row)
     grads = torch.ops.aten.split_with_sizes_copy(sums.sum(0) if len(sums) > 1 else sums[0], call.weights)
     return dx, dlow_rank, *(grad.view(m.shape).to(m.dtype) for grad, m in zip(grads, weights, strict=True))
@@ -396,7 +413,7 @@ def _backward(
     call.launch(
         part, gradient_kernel, call.walks(part),
         dy, x, low_rank, dt_weight, dt_bias, A, D, part.order, state, history, prefix, adjoint, partial, dlow, dweights,
-        *call.sizes(part), PARTIAL=not call.direct, SPLIT=part.segments > 1,
+        PARTIAL=not call.direct, SPLIT=part.segments > 1,
     )  # fmt: skip
     if not call.direct:
         call.merge(part, partial, dx)

@@ -68,17 +68,20 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize("name", ["1x1", "1x6", "2x3", "3x5", "4x4", "5x7", "6x1", "8x6"])
-def test_golden_file(name, golden_file):
-    golden = np.load(golden_file(f"ops/cross_scan/grid_{name}.npz"))
-    x, y = torch.from_numpy(golden["x"]), torch.from_numpy(golden["y"])
+def test_golden_file(name, golden_file, device):
+    golden = {
+        key: torch.from_numpy(m).to(device)
+        for key, m in np.load(golden_file(f"ops/cross_scan/grid_{name}.npz")).items()
+    }
+    x, y = golden["x"], golden["y"]
     grid = tuple(x.shape[2:])
-    assert torch.equal(cross_scan(x, CROSS), torch.from_numpy(golden["cross2d_scan_x"]))
-    assert_close(cross_merge(y.flatten(3), CROSS, grid), torch.from_numpy(golden["cross2d_merge_y"]).unflatten(2, grid))
+    assert torch.equal(cross_scan(x, CROSS), golden["cross2d_scan_x"])
+    assert_close(cross_merge(y.flatten(3), CROSS, grid), golden["cross2d_merge_y"].unflatten(2, grid))
 
     padded = torch.nn.functional.pad(x, (0, grid[1] % 2, 0, grid[0] % 2))
-    assert torch.equal(cross_scan(padded, ATROUS), torch.from_numpy(golden["atrous_scan_x"]))
-    merged = cross_merge(torch.from_numpy(golden["atrous_y"]), ATROUS, tuple(padded.shape[2:]))
-    assert_close(merged[..., : grid[0], : grid[1]].flatten(2), torch.from_numpy(golden["atrous_merge_y"]).flatten(2))
+    assert torch.equal(cross_scan(padded, ATROUS), golden["atrous_scan_x"])
+    merged = cross_merge(golden["atrous_y"], ATROUS, tuple(padded.shape[2:]))
+    assert_close(merged[..., : grid[0], : grid[1]].flatten(2), golden["atrous_merge_y"].flatten(2))
 
 
 @pytest.mark.parametrize(
