@@ -83,17 +83,17 @@ def resolution(rows: Sequence[Row]) -> Figure:
     panels = figure.subplots(len(measures), len(directions), squeeze=False, sharex=True)
     for line, (label, value) in zip(panels, measures.items(), strict=True):
         for axes, direction in zip(line, directions, strict=True):
-            lines: dict[tuple[str, bool], list[tuple[float, float | None]]] = {}
+            lines: dict[tuple[str, str], list[tuple[float, float | None]]] = {}
             for side, row in sorted(models, key=lambda model: model[0]):
                 if row.direction == direction:
-                    lines.setdefault((row.subject, row.compiled), []).append(((side / 16) ** 2, value(row)))
-            for (subject, compiled), points in lines.items():
+                    lines.setdefault((row.subject, row.run), []).append(((side / 16) ** 2, value(row)))
+            for (subject, run), points in lines.items():
                 axes.plot(
                     *zip(*points, strict=True),
                     color=COLOURS[subjects.index(subject) % len(COLOURS)],
-                    linestyle="-" if compiled else "--",
+                    linestyle={"eager": "--", "compiled": "-"}.get(run, ":"),
                     marker=".",
-                    label=f"{subject}, {'compiled' if compiled else 'eager'}",
+                    label=f"{subject}, {run}",
                 )
             axes.set(xscale="log", yscale="log", ylabel=label, title=direction)
             axes.grid(alpha=0.3, which="both")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .jobs import ModelJob, OperatorJob
+from .jobs import RUNS, ModelJob, OperatorJob
 from .rows import Row
 from .timing import describe
 
@@ -43,9 +43,9 @@ SUITES: dict[str, Suite] = {
     "models": Suite(
         (
             *(
-                ModelJob(models, batch=128, autocast=torch.bfloat16, compiled=compiled)
+                ModelJob(models, batch=128, autocast=torch.bfloat16, run=run)
                 for models in (_TINY, _FAMILIES)
-                for compiled in (True, False)
+                for run in reversed(RUNS)
             ),
         ),
         seconds=1,
@@ -57,7 +57,7 @@ SUITES: dict[str, Suite] = {
                 for size, batch in ((224, 128), (384, 32), (512, 32), (768, 8), (1024, 8), (1536, 2), (2048, 2))
             ),
             *(
-                ModelJob(_LINEAR_AND_QUADRATIC, batch=batch, size=size, autocast=torch.bfloat16, compiled=True)
+                ModelJob(_LINEAR_AND_QUADRATIC, batch=batch, size=size, autocast=torch.bfloat16, run="compiled")
                 for size, batch in ((1024, 8), (1536, 2))
             ),
         ),

@@ -30,13 +30,16 @@ from vision_ssm.kernels.ssd_scan.reference import ssd_scan_ref
 from .rows import Accuracy
 from .timing import measure
 
-__all__ = ["BOTH", "FORWARD", "OPERATORS", "ModelJob", "Operator", "OperatorJob", "create"]
+__all__ = ["BOTH", "FORWARD", "OPERATORS", "RUNS", "ModelJob", "Operator", "OperatorJob", "create"]
 
 FORWARD, BOTH = "forward", "forward+backward"
 
 _MANY_STEPS = 1_000
 
 Inputs = dict[str, Tensor]
+
+RUNS = {"eager": None, "compiled": "default", "compiled, CUDA graphs": "reduce-overhead"}
+"""How models run: the modes of torch.compile, if any."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,15 @@ class OperatorJob:
 
 @dataclass(frozen=True)
 class ModelJob:
-    """timm models with random weights, measured in turns; ``autocast`` is the dtype of autocast, if any.
+    """timm models with random weights, measured in turns.
 
-    ``compiled`` is by torch.compile with its defaults; compiling is not part of the time.
+    Args:
+        models: their names.
+        batch: images of one run.
+        size: side of the images in pixels.
+        autocast: the dtype of autocast, if any.
+        layout: order of the axes of weights and images.
+        run: how they run, a name in ``RUNS``; compiling is not part of the time.
     """
 
     models: tuple[str, ...]
@@ -131,22 +140,25 @@ class ModelJob:
     size: int = 224
     autocast: torch.dtype | None = None
     layout: torch.memory_format = torch.contiguous_format
-    compiled: bool = False
+    run: str = "eager"
 
     def rows(self, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
         """Fields of each row, all but the suite and the environment."""
+        mode = RUNS[self.run]
         models = {name: create(name, self.size).to(device).to(memory_format=self.layout) for name in self.models}
-        if self.compiled:
+        if mode:
             torch.compiler.reset()  # sizes are compiled one by one, not as one program for any size
             for model in models.values():
-                model.compile()
+                model.compile(mode=mode)
         images = torch.randn(self.batch, 3, self.size, self.size, device=device).to(memory_format=self.layout)
         for direction, step in ((FORWARD, _infer), (BOTH, _train_step)):
+            for model in models.values():
+                model.train(direction == BOTH)
             work = {name: partial(step, model, images, self.autocast) for name, model in models.items()}
             for name, timing in measure(work, device, seconds).items():
                 yield {
                     "subject": name,
-                    "case": f"{self.size} px" + ", compiled" * self.compiled,
+                    "case": f"{self.size} px" + f", {self.run}" * bool(mode),
                     "batch": self.batch,
                     "direction": direction,
                     "dtype": _name(self.autocast or torch.float32),
@@ -181,14 +193,12 @@ def create(name: str, size: int, **options: Any) -> nn.Module:
 
 
 def _infer(model: nn.Module, images: Tensor, autocast: torch.dtype | None) -> None:
-    model.eval()
     with torch.inference_mode(), torch.autocast(images.device.type, autocast, enabled=autocast is not None):
         model(images)
 
 
 def _train_step(model: nn.Module, images: Tensor, autocast: torch.dtype | None) -> None:
     """Forward and backward of the cross entropy, without an optimizer."""
-    model.train()
     model.zero_grad()
     labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
     with torch.autocast(images.device.type, autocast, enabled=autocast is not None):

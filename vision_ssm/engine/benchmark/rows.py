@@ -96,9 +96,9 @@ class Row:
         return None if self.accuracy else int(self.case.split(" px")[0])
 
     @property
-    def compiled(self) -> bool:
-        """Whether a model was run by torch.compile."""
-        return self.case.endswith(", compiled")
+    def run(self) -> str:
+        """How a model was run: "eager", "compiled" or "compiled, CUDA graphs"."""
+        return self.case.partition(" px, ")[2] or "eager"
 
     @classmethod
     def from_json(cls, line: str) -> "Row":
