@@ -1,6 +1,6 @@
 """Measure a suite and write its rows as JSON lines, or render such files as Markdown tables or draw them.
 
-Suites: cpu (VMamba-T beside Swin-T), ops (operators), models (inference and training; eager, compiled, and compiled with
+Suites: cpu (VMamba-T beside Swin-T), ops (operators), models (inference and training; eager, compiled, compiled with
 CUDA graphs), resolution (the same from 224 to 2048 px; compiled at two sizes only), smoke (two minutes on a GPU).
 
 Examples:
