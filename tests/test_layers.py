@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from vision_ssm.kernels import AXIAL_3D
-from vision_ssm.layers import MIXERS, SS2D, RoutedScan
+from vision_ssm.kernels import AXIAL_3D, CROSS, HILBERT_3D, TRI_3D
+from vision_ssm.layers import MIXERS, SS, SS2D, SS3D, RoutedScan, find_mixer
 from vision_ssm.layers.init import dt_bias_, s4d_real_
 from vision_ssm.model_zoo.converters.vmamba import convert
 
@@ -107,14 +107,88 @@ def test_golden_efficient_block(golden_file):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (4, 4)], ids=str)
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (4, 4), (1, 1, 1), (2, 3, 5)], ids=str)
 def test_every_mixer_keeps_the_shape_and_trains(mixer, grid, device):
-    layer = SS2D(6, state=2, mixer=mixer, gate=True).to(device)
+    layer = SS(6, spatial_dims=len(grid), state=2, mixer=mixer, gate=True).to(device)
     x = torch.randn(2, *grid, 6, device=device, requires_grad=True)
     y = layer(x)
     y.square().sum().backward()
     assert y.shape == x.shape and y.isfinite().all() and x.grad.isfinite().all()
     assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def test_names_choose_the_routes_by_the_axes():
+    for mixer, two, three in (
+        ("cross", CROSS, AXIAL_3D),
+        ("tri", 3, TRI_3D),
+        ("hilbert", 2, HILBERT_3D),
+        ("atrous", 4, 8),
+    ):
+        for layer, wanted in ((SS2D(4, mixer=mixer), two), (SS3D(4, mixer=mixer), three)):
+            routes = layer.scan.routes
+            assert (len(routes) if isinstance(wanted, int) else routes) == wanted
+    assert find_mixer("cross")(4, state=1, rank=1).routes == CROSS
+    assert SS(4, spatial_dims=1, mixer="bidirectional")(torch.randn(2, 7, 4)).shape == (2, 7, 4)
+
+
+def test_the_layer_of_images_is_that_of_its_name():
+    plain, general = SS2D(6, state=2, gate=True), SS(6, spatial_dims=2, kernel_size=(3, 3), state=2, gate=True)
+    general.load_state_dict(plain.state_dict(), strict=True)
+    x = torch.randn(2, 3, 5, 6)
+    assert isinstance(plain, SS) and torch.equal(plain(x), general(x))
+
+
+def test_a_volume_of_one_slice_is_an_image():
+    """With routes that stay in the slice, and a convolution that does: what differs in 3-D is the third axis alone."""
+    flat = SS2D(4, mixer="bidirectional", conv_bias=True)
+    deep = SS3D(4, kernel_size=(1, 3, 3), mixer="bidirectional", conv_bias=True)
+    deep.load_state_dict({key: m[:, :, None] if key == "conv.weight" else m for key, m in flat.state_dict().items()})
+    x = torch.randn(2, 3, 5, 4)
+    assert_close(deep(x[:, None])[:, 0], flat(x))
+
+
+def test_kernels_differ_by_axis():
+    layer = SS3D(4, kernel_size=(1, 3, 5))
+    assert layer.conv.weight.shape == (4, 1, 1, 3, 5) and layer(torch.randn(1, 2, 2, 2, 4)).shape == (1, 2, 2, 2, 4)
+
+
+@pytest.mark.parametrize("mixer", ["cross", "atrous", "tri", "hilbert"])
+def test_one_compilation_serves_every_volume(mixer):
+    layer, graphs = SS3D(6, state=2, mixer=mixer), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=count)
+    for grid in ((3, 7, 5), (9, 4, 11)):
+        x = torch.randn(2, *grid, 6)
+        assert_close(compiled(x), layer(x))
+    assert len(graphs) == 1
+    exported = torch.export.export(layer, (x,), strict=True).module()
+    assert_close(exported(x), layer(x))
+
+
+def test_checkpointing_changes_no_gradient():
+    layer, x = SS3D(4, state=2).double(), torch.randn(1, 2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    want = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    again = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    have = torch.autograd.grad(again.square().sum(), [x, *layer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"spatial_dims": 4}, "spatial_dims must be 1, 2 or 3; got 4"),
+        ({"spatial_dims": 3, "kernel_size": (3, 3)}, r"kernel_size must be one size or 3.*got \(3, 3\)"),
+        ({"spatial_dims": 3, "kernel_size": (1, 2, 3)}, "kernel_size must be odd"),
+        ({"spatial_dims": 2, "kernel_size": 0}, "each at least 1"),
+    ],
+)
+def test_wrong_axes_and_kernels_say_what_is_accepted(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SS(4, **arguments)
 
 
 def test_identity_has_no_scan():
@@ -132,7 +206,7 @@ def test_mixer_may_be_a_callable_and_the_scan_takes_volumes():
 def test_unknown_mixer_lists_the_known_ones():
     with pytest.raises(
         ValueError,
-        match="unknown mixer 'crossed'; the mixers are cross, bidirectional, atrous, hydra, mambamixer, attention",
+        match="unknown mixer 'crossed'; the mixers are cross, bidirectional, atrous, tri, hilbert, hydra, mambamixer",
     ):
         SS2D(6, mixer="crossed")
 

@@ -67,11 +67,11 @@ def _launch(x: Tensor, y: Tensor, route: Route, k: int, grid: tuple[int, ...] | 
         raise ValueError(f"cross scan on a GPU takes grids of up to {_AXES} axes; got {tuple(grid)}")
     batch, routes, channels, length = y.shape
     if route.hilbert:
-        cells, order = x.view(batch, channels, -1), index_table((route,), tuple(grid), x.device)[0]
+        cells, index = x.view(batch, channels, -1), index_table((route,), tuple(grid), x.device)[0]
         if merge:
-            cells[..., order] += y[:, k]
+            cells[..., index] += y[:, k]
         else:
-            y[:, k] = cells[..., order]
+            y[:, k] = cells[..., index]
         return
     order = route.affine(grid)
     _, size1, size2 = (1,) * (_AXES - len(grid)) + order.sizes

@@ -1,41 +1,50 @@
-"""VMamba's layer around a mixer of cells.
+"""VMamba's layer around a mixer of cells, for images and volumes.
 
 Liu et al., "VMamba: Visual State Space Model", NeurIPS 2024, arXiv:2401.10166.
 """
 
-# Shapes: b batch, h w grid, c channels, e inner channels.
+# Shapes: b batch, grid (h, w) or (d, h, w), c channels, e inner channels.
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partialmethod
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mixers import Mixer, find_mixer
 
+CONVOLUTIONS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
-class SS2D(nn.Module):
+
+class SS(nn.Module):
     """Project, convolve, scan, project back (VMamba, section 4.2).
 
     Args:
         dim: channels c in and out.
+        spatial_dims: axes of the grid, 1 to 3.
+        kernel_size: width of the depthwise convolution, odd; one for all axes, or one for each, such as (1, 3, 3) where
+            slices are thick.
         state: size n of each channel's state.
         expand: inner width e as a multiple of ``dim``.
         rank: rank of the projection of Δ; ceil(dim / 16) by default.
-        mixer: what mixes the cells: a name in ``vision_ssm.layers.MIXERS``, or a callable mixer(e, state=, rank=) that
-            makes a module.
+        mixer: what mixes the cells: a name in ``vision_ssm.layers.MIXERS``, which chooses its routes by
+            ``spatial_dims``, or a callable mixer(e, state=, rank=) that makes a module.
         gate: multiply the output by SiLU of a second projection of the input (VMamba v0, Mamba).
         conv_bias: bias of the depthwise convolution.
 
-    Shapes: (b, h, w, c) -> (b, h, w, c), channels-last throughout.
+    Shapes: (b, *grid, c) -> (b, *grid, c), channels-last throughout, any grid with cells.
 
     Raises:
-        ValueError: unknown mixer.
+        ValueError: unknown mixer, other ``spatial_dims``, or a kernel that is even or has other axes.
     """
 
     def __init__(
         self,
         dim: int,
         *,
+        spatial_dims: int,
+        kernel_size: int | Sequence[int] = 3,
         state: int = 1,
         expand: float = 1.0,
         rank: int | None = None,
@@ -44,11 +53,18 @@ class SS2D(nn.Module):
         conv_bias: bool = False,
     ) -> None:
         super().__init__()
+        if spatial_dims not in CONVOLUTIONS:
+            raise ValueError(f"spatial_dims must be 1, 2 or 3; got {spatial_dims}")
+        kernel = per_axis("kernel_size", kernel_size, spatial_dims)
+        if not all(size % 2 for size in kernel):
+            raise ValueError(f"kernel_size must be odd, so that a kernel has a centre; got {kernel_size}")
         inner = int(expand * dim)
         self.gate = gate
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False)
-        self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias)
-        self.scan = find_mixer(mixer)(inner, state=state, rank=rank or math.ceil(dim / 16))
+        self.conv = CONVOLUTIONS[spatial_dims](
+            inner, inner, kernel, padding=tuple(size // 2 for size in kernel), groups=inner, bias=conv_bias
+        )
+        self.scan = find_mixer(mixer, spatial_dims)(inner, state=state, rank=rank or math.ceil(dim / 16))
         self.norm = nn.LayerNorm(inner, eps=1e-5)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
@@ -57,6 +73,30 @@ class SS2D(nn.Module):
         z: Tensor | None = None
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        x = F.silu(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = F.silu(self.conv(x.movedim(-1, 1)).movedim(1, -1))
         y = self.norm(self.scan(x))
         return self.out_proj(y if z is None else y * F.silu(z))
+
+
+class SS2D(SS):
+    """The layer for images, (b, h, w, c)."""
+
+    __init__ = partialmethod(SS.__init__, spatial_dims=2)
+
+
+class SS3D(SS):
+    """The layer for volumes, (b, d, h, w, c)."""
+
+    __init__ = partialmethod(SS.__init__, spatial_dims=3)
+
+
+def per_axis(name: str, value: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
+    """A size for each axis, of one for all or of as many as there are axes, each at least 1.
+
+    Raises:
+        ValueError: another number of sizes, or one below 1.
+    """
+    sizes = (value,) * spatial_dims if isinstance(value, int) else tuple(value)
+    if len(sizes) != spatial_dims or min(sizes) < 1:
+        raise ValueError(f"{name} must be one size or {spatial_dims}, each at least 1; got {value}")
+    return sizes
