@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vision_ssm.layers import find_mixer
 from vision_ssm.layers.bidirectional import BothDirections
+from vision_ssm.layers.mamba import Mamba
 from vision_ssm.layers.mixers import Mixer
 from vision_ssm.model_zoo.converters import vim as upstream
 
@@ -33,51 +34,14 @@ from .plain import Plain
 __all__ = ["Vim"]
 
 
-class BidirectionalScan(nn.Module):
-    """Project, scan in both directions, gate, project back (Vim, algorithm 1).
-
-    Args:
-        dim: channels c in and out.
-        state: size n of each channel's state.
-        expand: inner width e as a multiple of ``dim``.
-        rank: rank of the projection of Δ; ceil(dim / 16) by default.
-        mixer: what mixes the tokens: "bidirectional", another name in ``vision_ssm.layers.MIXERS`` for sequences, such
-            as "identity", or a callable mixer(e, state=, rank=) -> module.
-
-    Shapes: (b, l, c) -> (b, l, c), any l >= 1.
-
-    Raises:
-        ValueError: unknown mixer.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        state: int = 16,
-        expand: float = 2.0,
-        rank: int | None = None,
-        mixer: str | Mixer = "bidirectional",
-    ) -> None:
-        super().__init__()
-        inner = int(expand * dim)
-        make_mixer = BothDirections if mixer == "bidirectional" else find_mixer(mixer)
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
-        self.mixer = make_mixer(inner, state=state, rank=rank or math.ceil(dim / 16))
-        self.out_proj = nn.Linear(inner, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(self.mixer(x) * F.silu(z))
-
-
 class VimBlock(nn.Module):
     """x + scan(norm(x)); (b, l, c) -> (b, l, c). Under autocast the stream stays in float32."""
 
     def __init__(self, dim: int, *, state: int, mixer: str | Mixer, drop_path: float) -> None:
         super().__init__()
+        make_mixer = BothDirections if mixer == "bidirectional" else find_mixer(mixer)
         self.norm = nn.RMSNorm(dim, eps=1e-5)
-        self.mixer = BidirectionalScan(dim, state=state, mixer=mixer)
+        self.mixer = Mamba(dim, mixer=make_mixer, state=state)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:

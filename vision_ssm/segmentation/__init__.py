@@ -1,6 +1,8 @@
-"""Segmentation networks on timm backbones, with MONAI's blocks: ours, and encoders for MONAI's own."""
+"""Segmentation networks with MONAI's blocks: on timm backbones, from papers, and encoders for MONAI's own."""
 
 from vision_ssm.segmentation.flexible_unet import VMambaEncoder
+from vision_ssm.segmentation.segmamba import SegMamba
+from vision_ssm.segmentation.umamba import UMamba
 from vision_ssm.segmentation.unet import SSMUNet
 
-__all__ = ["SSMUNet", "VMambaEncoder"]
+__all__ = ["SSMUNet", "SegMamba", "UMamba", "VMambaEncoder"]

@@ -1,0 +1,39 @@
+"""Images of any size for networks that halve them again and again: pad, predict, crop."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pad_image(image: Tensor, in_channels: int, reductions: list[int]) -> Tensor:
+    """Repeats the last cells of each axis up to a multiple of its reduction, for a coarsest map of two cells or more.
+
+    A single cell would be its own mean to an instance norm, which PyTorch refuses.
+
+    Args:
+        image: (b, in_channels, *sizes).
+        in_channels: channels that the network takes.
+        reductions: cells of the image to one of the coarsest map, for each axis.
+
+    Raises:
+        ValueError: another number of axes or channels, or an axis without cells.
+    """
+    shape = list(image.shape)
+    if len(shape) != len(reductions) + 2 or shape[1] != in_channels or min(shape) < 1:
+        raise ValueError(
+            f"the network takes images of shape (batch, {in_channels}, then {len(reductions)} sizes of at least 1); "
+            f"got {shape}"
+        )
+    cells = [-(-size // reduction) for size, reduction in zip(shape[2:], reductions)]  # noqa: B905 (no strict= in a script)
+    if max(cells) == 1:
+        cells[-1] = 2
+    pads: list[int] = []
+    for axis in range(len(cells) - 1, -1, -1):
+        pads += [0, cells[axis] * reductions[axis] - shape[axis + 2]]
+    return F.pad(image, pads, mode="replicate") if max(pads) > 0 else image
+
+
+def crop_map(x: Tensor, sizes: list[int], reductions: list[int]) -> Tensor:
+    """The cells of a map, (b, c, *grid), that lie on an image of these sizes; each is ``reductions`` of its cells."""
+    for axis, (size, reduction) in enumerate(zip(sizes, reductions)):  # noqa: B905
+        x = x.narrow(axis + 2, 0, -(-size // reduction))
+    return x
