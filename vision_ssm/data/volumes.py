@@ -1,8 +1,10 @@
 """NIfTI volumes as MONAI dictionaries, checked while loading so that bad data stops before training starts."""
 # Shapes: c channels, x y z the grid of a volume in the file's order.
 
+import math
+import warnings
 import zlib
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from torch.utils.data import Dataset
 
-__all__ = ["AxialSlices", "LoadVolumed", "NeighbourSlicesd", "read_volume"]
+__all__ = ["AxialSlices", "LoadVolumed", "NeighbourSlicesd", "read_channels", "read_volume"]
 
 AFFINE_TOLERANCE = 1e-3  # mm; what float32 headers of the same grid differ by is far smaller
 
@@ -25,9 +27,43 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no NIfTI, is truncated, is not three-dimensional, or holds NaN or infinite voxels.
+        ValueError: the file is no NIfTI, is truncated, is not three-dimensional, has an axis without spacing, or holds
+            NaN or infinite voxels.
     """
-    path = Path(path)
+    image = open_volume(Path(path))
+    if len(image.shape) != 3:
+        raise ValueError(f"{path} has {len(image.shape)} dimensions {image.shape}; a volume has 3. Save one channel")
+    return voxels_of(image, path), image.affine
+
+
+def read_channels(source: str | Path | Sequence[str | Path], channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (c, x, y, z) as float32 and the affine of an image of several channels.
+
+    Args:
+        source: a file for each channel, or one file whose fourth axis is the channels; one of three axes is a channel.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is unreadable (see ``read_volume``), the number of channels is another,
+            or the files lie on different grids.
+    """
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        image = open_volume(path)
+        if channels == 1 or len(image.shape) not in (3, 4):
+            return read_volume(path)[0][None], image.affine
+        found = image.shape[3] if len(image.shape) == 4 else 1
+        require_channels(path, found, channels)
+        return np.ascontiguousarray(np.moveaxis(voxels_of(image, path), -1, 0)), image.affine
+    require_channels(" ".join(map(str, source)), len(source), channels)
+    loaded = [(path, *read_volume(path)) for path in source]
+    first, voxels, affine = loaded[0]
+    for other, other_voxels, other_affine in loaded[1:]:
+        check_grid(f"channels {first} and {other}", (voxels, affine), (other_voxels, other_affine))
+    return np.stack([voxels for _, voxels, _ in loaded]), affine
+
+
+def open_volume(path: Path) -> Any:
+    """A NIfTI image whose voxels are not read yet; errors as for ``read_volume``."""
     if not path.is_file():
         raise FileNotFoundError(f"no such volume: {path}. Give the path of a .nii or .nii.gz file")
     try:
@@ -36,70 +72,111 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path} is not a readable NIfTI file ({error}); give a .nii or .nii.gz file") from error
     if not isinstance(image, nibabel.Nifti1Pair):
         raise ValueError(f"{path} is a {type(image).__name__}, not a NIfTI file; convert it to .nii.gz first")
-    if len(image.shape) != 3:
-        raise ValueError(f"{path} has {len(image.shape)} dimensions {image.shape}; a volume has 3. Save one channel")
+    spacing = (*written_spacing(image), *np.linalg.norm(image.affine[:3, :3], axis=0).tolist())
+    if not all(math.isfinite(step) and step > 0 for step in spacing):
+        raise ValueError(
+            f"{path} has a spacing of zero: pixdim {spacing[:3]} mm, affine {spacing[3:]} mm; write the true spacing "
+            "into its header"
+        )
+    return image
+
+
+def written_spacing(image: Any) -> tuple[float, ...]:
+    """Spacing of x, y and z as it stands in the file: nibabel turns zeros into ones while loading."""
+    with image.file_map.get("header", image.file_map["image"]).get_prepare_fileobj("rb") as file:
+        header = type(image.header).from_fileobj(file, check=False)
+    return tuple(abs(float(step)) for step in header["pixdim"][1 : 1 + min(3, len(image.shape))])
+
+
+def voxels_of(image: Any, path: str | Path) -> np.ndarray:
     try:
-        voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
+        voxels: np.ndarray = image.get_fdata(dtype=np.float32, caching="unchanged")
     except (EOFError, zlib.error, OSError, ValueError) as error:
         raise ValueError(f"{path} is truncated or damaged ({error}); copy or download it again") from error
     if bad := int(voxels.size - np.isfinite(voxels).sum()):
         raise ValueError(f"{path} holds {bad} NaN or infinite voxels of {voxels.size}; replace them before use")
-    return voxels, image.affine
+    return voxels
+
+
+def require_channels(source: object, found: int, expected: int) -> None:
+    if found != expected:
+        raise ValueError(
+            f"{source} has {found} channels where {expected} are expected; give a file for each, or one file with "
+            f"{expected} along its fourth axis"
+        )
 
 
 class LoadVolumed(MapTransform):
-    """Paths under ``image`` and, if present, ``label`` -> tensors (1, x, y, z) that know their affine.
+    """Paths under ``image`` and, if present, ``label`` -> tensors (c, x, y, z) and (1, x, y, z) with their affine.
 
     Args:
-        classes: number of classes; labels are 0 to classes - 1.
+        classes: number of classes, the labels being 0 to classes - 1; or the values that stand for each class in a
+            file, background first, such as ((0,), (1,), (2,), (3, 4)).
+        channels: of the image; see ``read_channels`` for how several are stored.
 
     Raises:
         FileNotFoundError, ValueError: a file is unreadable (see ``read_volume``), image and label lie on different
-            grids, or a label is no class.
+            grids, the image has other channels, or a label is no class.
+
+    Warns:
+        UserWarning: a label map holds background alone, which is allowed.
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int | Sequence[Sequence[int]], channels: int = 1) -> None:
         super().__init__(keys=("image", "label"), allow_missing_keys=True)
-        self.classes = classes
+        self.values = [(value,) for value in range(classes)] if isinstance(classes, int) else [*map(tuple, classes)]
+        self.channels = channels
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         paths = {key: data[key] for key in self.key_iterator(dict(data))}
-        loaded = {key: read_volume(path) for key, path in paths.items()}
-        if "label" in loaded:
-            check_grid(paths, loaded)
-            check_labels(paths["label"], loaded["label"][0], self.classes)
+        loaded = {"image": read_channels(paths["image"], self.channels)}
+        if "label" in paths:
+            label, affine = read_volume(paths["label"])
+            check_grid(f"image {paths['image']} and label {paths['label']}", loaded["image"], (label, affine))
+            classes = class_map(label, self.values, paths["label"])
+            if not classes.any():
+                warnings.warn(f"{paths['label']} holds background alone; its patches are drawn anywhere", stacklevel=2)
+            loaded["label"] = (classes[None], affine)
         return dict(data) | {
             key: MetaTensor(
-                torch.from_numpy(voxels)[None],
-                affine=torch.from_numpy(affine),
-                meta={"filename_or_obj": str(paths[key])},
+                torch.from_numpy(voxels), affine=torch.from_numpy(affine), meta={"filename_or_obj": str(paths[key])}
             )
             for key, (voxels, affine) in loaded.items()
         }
 
 
-def check_grid(paths: Mapping[str, Any], loaded: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """Raises ValueError unless image and label have one shape and one affine."""
-    (image, image_affine), (label, label_affine) = loaded["image"], loaded["label"]
-    pair = f"image {paths['image']} and label {paths['label']}"
-    if image.shape != label.shape:
-        raise ValueError(f"{pair} differ in shape: {image.shape} and {label.shape}; resample one onto the other")
-    if not np.allclose(image_affine, label_affine, atol=AFFINE_TOLERANCE):
+def check_grid(pair: str, first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> None:
+    """Raises ValueError unless two volumes, voxels and affine, have one shape and one affine."""
+    (voxels, affine), (other, other_affine) = first, second
+    if voxels.shape[-3:] != other.shape[-3:]:
         raise ValueError(
-            f"{pair} lie on different grids: affines {image_affine.tolist()} and {label_affine.tolist()}; "
+            f"{pair} differ in shape: {voxels.shape[-3:]} and {other.shape[-3:]}; resample one onto the other"
+        )
+    if not np.allclose(affine, other_affine, atol=AFFINE_TOLERANCE):
+        raise ValueError(
+            f"{pair} lie on different grids: affines {affine.tolist()} and {other_affine.tolist()}; "
             "resample one onto the other"
         )
 
 
-def check_labels(path: Any, label: np.ndarray, classes: int) -> None:
-    """Raises ValueError unless every voxel is one of 0 ... classes - 1."""
-    values = np.unique(label)
-    wrong = [float(value) for value in values if value not in range(classes)]
-    if wrong:
-        listed = ", ".join(f"{value:g}" for value in wrong[:10])
-        raise ValueError(
-            f"{path} holds labels outside the classes 0 to {classes - 1}: {listed}; remap them or add classes"
-        )
+def class_map(label: np.ndarray, values: Sequence[Sequence[int]], path: object) -> np.ndarray:
+    """Values of a file -> classes 0, 1, ... as float32; ``values[i]`` are those of class i.
+
+    Raises:
+        ValueError: a value belongs to no class.
+    """
+    numbers = {value: number for number, members in enumerate(values) for value in members}
+    table = np.full(max(numbers) + 1, -1, dtype=np.float32)
+    table[list(numbers)] = list(numbers.values())
+    index = label.astype(np.int64)
+    whole = (index == label) & (index >= 0) & (index < len(table))
+    classes = np.where(whole, table[np.where(whole, index, 0)], np.float32(-1))
+    if (classes < 0).any():
+        plain = sorted(numbers) == list(range(len(values)))
+        known = f"0 to {len(values) - 1}" if plain else ", ".join(map(str, sorted(numbers)))
+        wrong = ", ".join(f"{value:g}" for value in np.unique(label[classes < 0])[:10])
+        raise ValueError(f"{path} holds labels outside the classes {known}: {wrong}; remap them or add classes")
+    return classes
 
 
 class NeighbourSlicesd(MapTransform):
