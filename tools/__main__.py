@@ -20,11 +20,12 @@ COMMANDS = {
     "quickstart": "train, test and show three networks on the embedded brain",
     "train": "train the model of a config",
     "eval": "measure a checkpoint on its config's test set",
-    "predict": "label a NIfTI volume",
+    "predict": "label volumes: NIfTI files, DICOM series, folders of cases",
     "benchmark": "time operators and models",
     "profile": "count parameters, multiply-adds and memory of models",
     "erf": "draw the effective receptive field of a model",
     "zoo": "list, convert and verify published checkpoints",
+    "bundle": "make a MONAI Bundle of a trained network",
 }
 
 _MODULES = {"profile": "profiling"}  # a profile.py beside the scripts would stand in for Python's own
