@@ -79,3 +79,18 @@ def golden_file() -> Callable[[str], Path]:
         return pytest.skip(f"{name} is neither beside this checkout nor among the files that travel with it")
 
     return find
+
+
+@pytest.fixture(scope="session")
+def bands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of the config ``bands``: class c has the logit 10 (2 c x - c²), largest where x is nearest."""
+    from vision_ssm.engine.checkpoint import save_weights
+
+    net = torch.nn.Conv3d(1, 3, kernel_size=1)
+    centres = torch.arange(3.0)
+    with torch.no_grad():
+        net.weight.copy_(20 * centres.view(3, 1, 1, 1, 1))
+        net.bias.copy_(-10 * centres**2)
+    path = tmp_path_factory.mktemp("bands") / "bands.safetensors"
+    save_weights(path, net, config="bands", classes=("low", "high"), channels=1)
+    return path

@@ -25,7 +25,8 @@ from vision_ssm.engine.config import build, load_config
 from vision_ssm.engine.evaluate import evaluate, load_task
 from vision_ssm.engine.hooks import TrainingInterrupted
 from vision_ssm.engine.metrics import HD95, Accuracy, Dice
-from vision_ssm.engine.predict import label_volume, predict_file
+from vision_ssm.engine.predict import predict_file
+from vision_ssm.engine.predictor import Predictor
 from vision_ssm.engine.runner import build_runner, prepare_folder
 from vision_ssm.engine.train import loss_curve, train, write_json
 
@@ -249,13 +250,13 @@ def test_a_label_map_lies_on_the_grid_of_its_volume(trained, tmp_path):
     source = Path(deep_grey_files()[0]["image"])
     brain = nibabel.load(source)
     task = load_task(tiny(), trained / "weights.safetensors")
-    picture = predict_file(tiny(), task, source, tmp_path / "labels.nii.gz")
+    written = predict_file(Predictor(tiny(), task), source, tmp_path / "labels.nii.gz")
     labels = nibabel.load(tmp_path / "labels.nii.gz")
     assert labels.shape == brain.shape
     assert np.allclose(labels.affine, brain.affine)
     assert labels.get_data_dtype() == np.uint8
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in tmp_path.iterdir()} == {"labels.nii.gz", "labels.png"}
+    assert written.overlay.read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"labels.nii.gz", "labels.png", "labels.csv"}
 
 
 def test_a_volume_stored_in_another_order_gets_the_same_labels(trained, tmp_path):
@@ -266,7 +267,8 @@ def test_a_volume_stored_in_another_order_gets_the_same_labels(trained, tmp_path
         nibabel.orientations.axcodes2ornt(("S", "L", "P"), (("L", "R"), ("P", "A"), ("I", "S")))
     )
     nibabel.save(reordered, tmp_path / "reordered.nii.gz")
-    plain, turned = (label_volume(tiny(), task, path) for path in (source, tmp_path / "reordered.nii.gz"))
+    predictor = Predictor(tiny(), task)
+    plain, turned = (predictor([path]).argmax(0).astype(np.uint8) for path in (source, tmp_path / "reordered.nii.gz"))
     assert turned.shape == reordered.shape
     back = nibabel.as_closest_canonical(nibabel.Nifti1Image(turned, reordered.affine))
     assert (np.asarray(back.dataobj) == plain).mean() > 0.999
@@ -277,9 +279,9 @@ def test_outputs_are_not_overwritten_in_silence(trained, tmp_path):
     source, target = Path(deep_grey_files()[0]["image"]), tmp_path / "labels.nii"
     target.write_text("precious")
     with pytest.raises(FileExistsError, match="--overwrite"):
-        predict_file(tiny(), task, source, target)
+        predict_file(Predictor(tiny(), task), source, target)
     assert target.read_text() == "precious"
-    predict_file(tiny(), task, source, target, overwrite=True)
+    predict_file(Predictor(tiny(), task), source, target, overwrite=True)
     assert nibabel.load(target).shape == (96, 96, 64)
 
 
@@ -288,15 +290,14 @@ def test_outputs_are_not_overwritten_in_silence(trained, tmp_path):
     [("labels.png", ValueError, "must end in"), ("absent/labels.nii", FileNotFoundError, "no such folder")],
 )
 def test_bad_output_names_are_refused(tmp_path, target, error, message):
-    task = build(tiny().model)
+    predictor = Predictor(tiny(), build(tiny().model))
     with pytest.raises(error, match=message):
-        predict_file(tiny(), task, Path(deep_grey_files()[0]["image"]), tmp_path / target)
+        predict_file(predictor, Path(deep_grey_files()[0]["image"]), tmp_path / target)
 
 
-def test_prediction_needs_a_config_that_segments(tmp_path):
-    config = load_config("image/mnist_vmamba_nano")
+def test_prediction_needs_a_config_that_segments():
     with pytest.raises(ValueError, match="does not segment volumes"):
-        predict_file(config, nn.Identity(), Path(deep_grey_files()[0]["image"]), tmp_path / "labels.nii")
+        Predictor(load_config("image/mnist_vmamba_nano"), nn.Identity())
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 __all__ = ["build", "config_name", "config_names", "load_config", "settings"]
 
-OWN_KEYS = frozenset({"classes", "prepare", "score"})
+OWN_KEYS = frozenset({"classes", "data_root", "modalities", "prepare", "regions", "score"})
 DATA_LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 INJECTED_KEYS = frozenset({"type", "priority", "dataset"})  # read by mmengine itself, whatever the type
 
@@ -47,6 +47,8 @@ def config_name(config: Config) -> str:
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """Reads a config and applies ``KEY=VALUE`` overrides; dots in KEY lead into nested entries.
 
+    An override of ``data_root`` is one of every entry ``root`` that the file gave the same value.
+
     Args:
         name: path of a config file, or a name listed by ``config_names``.
         overrides: such as ``train_cfg.max_iters=100``; values are Python literals, else strings.
@@ -59,7 +61,12 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     changes = dict(parse_override(override) for override in overrides)
     for key in changes:
         check_parent(config, key)
+    written = config.get("data_root")
     config.merge_from_dict(changes)
+    if "data_root" in changes:
+        for _, node in described(settings(config), ""):
+            if "root" in node and node["root"] == written:
+                node["root"] = changes["data_root"]
     check_keys(config)
     return config
 
@@ -116,7 +123,7 @@ def settings(config: Config) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not (callable(value) or inspect.ismodule(value))}
 
 
-def described(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def described(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every dictionary of a config whose keys are arguments, with the dotted path that leads to it."""
     if isinstance(node, Mapping):
         if "type" in node or path in DATA_LOADERS:

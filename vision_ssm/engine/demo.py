@@ -16,6 +16,7 @@ from vision_ssm.data.deep_grey import deep_grey_files
 from vision_ssm.engine.config import build, load_config
 from vision_ssm.engine.figures import curves, overlays, save_figure
 from vision_ssm.engine.predict import predict_file
+from vision_ssm.engine.predictor import Predictor
 from vision_ssm.engine.report import score_rows, write_report
 from vision_ssm.engine.runner import device, prepare_folder
 from vision_ssm.engine.train import TrainingResult, train, write_json
@@ -74,7 +75,7 @@ def run_demo(folder: Path, *, console: Console, overrides: Sequence[str] = ()) -
     config = configs[ENTRANTS[0]]
     brain = folder / "brain.nii.gz"
     shutil.copyfile(deep_grey_files()[0]["image"], brain)
-    predict_file(config, tasks[ENTRANTS[0].title], brain, folder / "prediction.nii.gz")
+    predict_file(Predictor(config, tasks[ENTRANTS[0].title]), brain, folder / "prediction.nii.gz")
 
     rows = score_rows(results)
     comparison = compare(config, tasks)
