@@ -2,7 +2,10 @@
 
 from vision_ssm.segmentation.flexible_unet import VMambaEncoder
 from vision_ssm.segmentation.segmamba import SegMamba
+from vision_ssm.segmentation.swin_umamba import SwinUMamba
+from vision_ssm.segmentation.ultralight_vm_unet import UltraLightVMUNet
 from vision_ssm.segmentation.umamba import UMamba
 from vision_ssm.segmentation.unet import SSMUNet
+from vision_ssm.segmentation.vm_unet import VMUNet
 
-__all__ = ["SSMUNet", "SegMamba", "UMamba", "VMambaEncoder"]
+__all__ = ["SSMUNet", "SegMamba", "SwinUMamba", "UMamba", "UltraLightVMUNet", "VMUNet", "VMambaEncoder"]
