@@ -85,18 +85,22 @@ def test_a_file_of_as_many_channels_and_without_classifier_fits(network, tmp_pat
     assert all(torch.equal(net.state_dict()[name], state[source]) for name, source in loaded(net).items())
 
 
-def test_the_authors_file_is_converted(parity, tmp_path):
+def test_the_authors_file_is_converted_from_a_path_and_from_timm_s_cache(parity, tmp_path, monkeypatch):
     """As published: VMamba-T in the layout of February 2024, with wider scans and no MLP."""
     facts = json.loads((parity / "vmamba_tiny_v0.json").read_text())
     official = {entry["key"]: torch.full(entry["shape"], float(i)) for i, entry in enumerate(facts["params"])}
-    torch.save({"model": official}, tmp_path / "official.pth")
+    path = tmp_path / "hub" / "checkpoints" / timm.get_pretrained_cfg("vmamba_tiny_v0").url.rpartition("/")[2]
+    path.parent.mkdir(parents=True)
+    torch.save({"model": official}, path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     ours = model_zoo.convert(official, "vmamba_tiny_v0")
-    found = SwinUMamba(2, 1, 2, pretrained=tmp_path / "official.pth").state_dict()
     stages = [key for key in ours if key.startswith("stages.")]
-    assert stages and all(torch.equal(found[key], ours[key]) for key in stages)
+    for pretrained in (path, True):
+        found = SwinUMamba(2, 1, 2, pretrained=pretrained).state_dict()
+        assert stages and all(torch.equal(found[key], ours[key]) for key in stages)
 
 
-def test_timm_s_own_weights_are_taken_where_there_are_some(network):
+def test_asking_timm_for_weights_that_do_not_exist_is_an_error(network):
     with pytest.raises(RuntimeError, match="No pretrained weights exist for test_vmamba"):
         network(pretrained=True)
 

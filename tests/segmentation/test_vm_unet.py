@@ -35,22 +35,14 @@ def test_skips_are_added():
     assert_close(up(coarse, skip), up.expand(coarse) + skip)
 
 
-def test_every_skip_reaches_the_logits():
+@pytest.mark.parametrize("level", range(3))
+def test_every_skip_reaches_the_logits(level):
+    """What the decoder brings from below is cut off at one level; the skip of that level is still there."""
     net = network().eval()
-    image = torch.randn(1, 1, 64, 64)
-    want = net(image)
-    for stage in range(4):
-        handle = net.stages[stage].register_forward_hook(lambda module, inputs, output: output + 1)
-        with_hook = net(image)
-        handle.remove()
-        assert not torch.allclose(with_hook, want)
-    seen = []
-    for level in range(1, 4):  # of the decoder: what comes from below is cut off, the skip remains
-        handle = net.decoder.up[level - 1].expand.register_forward_hook(lambda m, i, output: output * 0)
-        image.grad = None
-        seen.append(torch.autograd.grad(net(image.requires_grad_()).sum(), image)[0].abs().sum())
-        handle.remove()
-    assert all(gradient > 0 for gradient in seen)
+    net.decoder.up[level].expand.register_forward_hook(lambda module, inputs, output: 0 * output)
+    image = torch.randn(1, 1, 32, 32, requires_grad=True)
+    net(image).sum().backward()
+    assert image.grad.any()
 
 
 def test_depth_is_stochastic_most_where_the_two_halves_meet():
