@@ -1,0 +1,13 @@
+"""ACDC-like slices with Swin-UMamba; ``--set model.net.pretrained=FILE`` begins with VMamba-T's weights.
+
+``--set model.net.mixer=identity`` is the same network without the state-space scan.
+"""
+
+from mmengine.config import read_base
+
+from vision_ssm.segmentation import SwinUMamba
+
+with read_base():
+    from .._base_.acdc import *
+
+model.update(net=dict(type=SwinUMamba, spatial_dims=2, in_channels=1, out_channels=4, deep_supervision=True))

@@ -1,0 +1,13 @@
+"""ACDC-like slices with U-Mamba in the bottleneck form; ``--set model.net.form=encoder`` is the other.
+
+``--set model.net.mixer=identity`` is the same network without the state-space scan.
+"""
+
+from mmengine.config import read_base
+
+from vision_ssm.segmentation import UMamba
+
+with read_base():
+    from .._base_.acdc import *
+
+model.update(net=dict(type=UMamba, spatial_dims=2, in_channels=1, out_channels=4, deep_supervision=True))

@@ -1,0 +1,9 @@
+"""A task of the Decathlon, control: MONAI's SwinUNETR, which takes multiples of 32 alone."""
+
+from mmengine.config import read_base
+from monai.networks.nets import SwinUNETR
+
+with read_base():
+    from .._base_.decathlon import *
+
+model.update(net=dict(type=SwinUNETR, spatial_dims=3, in_channels=1, out_channels=3, feature_size=48))

@@ -1,0 +1,13 @@
+"""A task of the Decathlon with U-Mamba in the bottleneck form; ``--set model.net.form=encoder`` is the other.
+
+``--set model.net.mixer=identity`` is the same network without the state-space scan.
+"""
+
+from mmengine.config import read_base
+
+from vision_ssm.segmentation import UMamba
+
+with read_base():
+    from .._base_.decathlon import *
+
+model.update(net=dict(type=UMamba, spatial_dims=3, in_channels=1, out_channels=3, deep_supervision=True))

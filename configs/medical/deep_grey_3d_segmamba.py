@@ -1,0 +1,23 @@
+"""Deep-grey structures as a volume with SegMamba.
+
+``--set model.net.mixer=identity`` is the same network without the state-space scan.
+"""
+
+from mmengine.config import read_base
+
+from vision_ssm.segmentation import SegMamba
+
+with read_base():
+    from .._base_.deep_grey_3d import *
+
+model.update(
+    net=dict(
+        type=SegMamba,
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=7,
+        dims=(24, 48, 96, 192),
+        hidden=256,
+        deep_supervision=True,
+    )
+)

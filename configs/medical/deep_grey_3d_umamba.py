@@ -1,0 +1,22 @@
+"""Deep-grey structures as a volume with U-Mamba in the bottleneck form; ``--set model.net.form=encoder`` is the other.
+
+``--set model.net.mixer=identity`` is the same network without the state-space scan.
+"""
+
+from mmengine.config import read_base
+
+from vision_ssm.segmentation import UMamba
+
+with read_base():
+    from .._base_.deep_grey_3d import *
+
+model.update(
+    net=dict(
+        type=UMamba,
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=7,
+        channels=(16, 32, 64, 128, 160),
+        deep_supervision=True,
+    )
+)
