@@ -125,7 +125,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 def described(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every dictionary of a config whose keys are arguments, with the dotted path that leads to it."""
-    if isinstance(node, Mapping):
+    if isinstance(node, dict):
         if "type" in node or path in DATA_LOADERS:
             yield path, node
         children: Iterable[tuple[Any, Any]] = node.items()
