@@ -1,4 +1,4 @@
-"""The table of models in the README: rendered from the cards and the registry, never typed."""
+"""The tables in the README: models from the cards and the registry, networks as counted; never typed."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from timm.models import get_pretrained_cfg_value
 
 from vision_ssm.backbones import list_models
+from vision_ssm.engine import networks_table
 from vision_ssm.engine.checkpoint import write_atomically
 from vision_ssm.engine.profile import CONVENTION, count_multiply_adds
 from vision_ssm.model_zoo.catalogue import Card, cards
@@ -15,7 +16,7 @@ from vision_ssm.model_zoo.checkpoints import input_size
 
 __all__ = ["fill", "filled", "render"]
 
-_BLOCK = re.compile(r"(?P<head><!-- models -->\n).*?(?P<tail><!-- /models -->)", re.DOTALL)
+_BLOCK = re.compile(r"(?P<head><!-- (?P<table>models|networks) -->\n).*?(?P<tail><!-- /(?P=table) -->)", re.DOTALL)
 
 
 def render() -> str:
@@ -30,19 +31,20 @@ def render() -> str:
 
 
 def filled(document: Path) -> str:
-    """Text of ``document`` with its ``<!-- models -->`` block rendered anew.
+    """Text of ``document`` with its blocks ``<!-- models -->`` and ``<!-- networks -->`` rendered anew.
 
     Raises:
-        ValueError: the document has no such block.
+        ValueError: the document has neither.
     """
     text = document.read_text(encoding="utf-8")
     if not _BLOCK.search(text):
-        raise ValueError(f"{document} has no block <!-- models --> ... <!-- /models --> to fill")
-    return _BLOCK.sub(lambda block: f"{block['head']}\n{render()}\n\n{block['tail']}", text)
+        raise ValueError(f"{document} has no block <!-- models --> ... <!-- /models -->, or of networks, to fill")
+    tables = {"models": render, "networks": networks_table.render}
+    return _BLOCK.sub(lambda block: f"{block['head']}\n{tables[block['table']]()}\n\n{block['tail']}", text)
 
 
 def fill(document: Path) -> None:
-    """Renders the block of ``document`` in place; see :func:`filled`."""
+    """Renders the blocks of ``document`` in place; see :func:`filled`."""
     text = filled(document)
     write_atomically(document, lambda partial: partial.write_text(text, encoding="utf-8"))
 
