@@ -20,7 +20,14 @@ from torch.testing import assert_close
 
 from vision_ssm.data.deep_grey import deep_grey_files
 from vision_ssm.engine import checkpoint as checkpoints
-from vision_ssm.engine.checkpoint import latest_checkpoint, load_into, read_state, save_weights, write_atomically
+from vision_ssm.engine.checkpoint import (
+    latest_checkpoint,
+    load_into,
+    read_state,
+    save_weights,
+    write_atomically,
+    write_json,
+)
 from vision_ssm.engine.config import build, load_config
 from vision_ssm.engine.evaluate import evaluate, load_task
 from vision_ssm.engine.hooks import TrainingInterrupted
@@ -28,7 +35,7 @@ from vision_ssm.engine.metrics import HD95, Accuracy, Dice
 from vision_ssm.engine.predict import predict_file
 from vision_ssm.engine.predictor import Predictor
 from vision_ssm.engine.runner import build_runner, prepare_folder
-from vision_ssm.engine.train import loss_curve, train, write_json
+from vision_ssm.engine.train import loss_curve, train
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "fixtures" / "tiny_unet.py")

@@ -38,7 +38,7 @@ def test_train_eval_and_predict(run, tmp_path, capsys):
     for checkpoint in ("weights.safetensors", "iter_2.pth"):
         assert cli.main(["eval", TINY, str(run / checkpoint), "--out", str(tmp_path / "scores.json")]) == 0
         assert "dice/mean" in capsys.readouterr().out
-        assert "hd95/caudate" in json.loads((tmp_path / "scores.json").read_text())
+        assert "hd95/caudate" in json.loads((tmp_path / "scores.json").read_text())["means"]
     target = tmp_path / "labels.nii.gz"
     command = ["predict", TINY, str(run / "weights.safetensors"), BRAIN, str(target)]
     assert cli.main(command) == 0

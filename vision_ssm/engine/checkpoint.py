@@ -5,6 +5,7 @@ allow-list; published weights are safetensors with metadata.
 """
 
 import json
+import math
 import os
 import pickle
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from vision_ssm._version import __version__
 from vision_ssm.model_zoo.checkpoints import misfits
 
-__all__ = ["latest_checkpoint", "load_into", "read_state", "save_weights", "write_atomically"]
+__all__ = ["latest_checkpoint", "load_into", "read_state", "save_weights", "write_atomically", "write_json"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -32,6 +33,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file whole; numbers that JSON cannot hold, such as an infinite distance, become null."""
+    text = json.dumps(finite(content), indent=2) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text))
+
+
+def finite(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {key: finite(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def latest_checkpoint(folder: Path) -> Path:

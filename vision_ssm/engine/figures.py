@@ -7,14 +7,14 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Patch, Rectangle
 
 from vision_ssm.engine.benchmark.rows import Row
 from vision_ssm.engine.checkpoint import write_atomically
 from vision_ssm.engine.erf import PARTS, Field
 
-__all__ = ["curves", "overlays", "receptive_fields", "resolution", "save_figure"]
+__all__ = ["comparisons", "curves", "overlays", "receptive_fields", "resolution", "save_figure"]
 
 COLOURS = colormaps["tab10"](range(10))[:, :3]
 SLICES = 5
@@ -28,19 +28,43 @@ def overlays(image: np.ndarray, maps: Mapping[str, np.ndarray], classes: Sequenc
         maps: title -> labels (x, y, z); the first chooses the slices.
         classes: names of the labels 1, 2, ...
     """
+    return comparisons({"": (image, maps)}, classes)
+
+
+def comparisons(cases: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]], classes: Sequence[str]) -> Figure:
+    """The rows of ``overlays`` for several cases, one below the other.
+
+    Args:
+        cases: title -> image and label maps.
+        classes: names of the labels 1, 2, ...
+    """
+    shares = [image.shape[1] / max(image.shape[:2]) for image, _ in cases.values()]
+    heights = [2.4 * len(maps) * share + 0.4 for (_, maps), share in zip(cases.values(), shares, strict=True)]
+    figure = Figure(figsize=(2.2 * SLICES, sum(heights) + 0.4), layout="constrained")
+    parts = figure.subfigures(len(cases), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, (title, (image, maps)) in zip(parts, cases.items(), strict=True):
+        if title:
+            part.suptitle(title)
+        draw_rows(part, image, maps, len(classes))
+    found = {int(label) for _, maps in cases.values() for labels in maps.values() for label in np.unique(labels)}
+    patches = [
+        Patch(color=COLOURS[(label - 1) % len(COLOURS)], label=name)
+        for label, name in enumerate(classes, start=1)
+        if label in found
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    return figure
+
+
+def draw_rows(part: FigureBase, image: np.ndarray, maps: Mapping[str, np.ndarray], classes: int) -> None:
     chosen = informative_slices(next(iter(maps.values())))
-    shape = (image.shape[0], image.shape[1])
-    figure = Figure(figsize=(2.2 * len(chosen), 2.4 * len(maps) * shape[1] / max(shape) + 0.8), layout="constrained")
-    grid = figure.subplots(len(maps), len(chosen), squeeze=False)
+    grid = part.subplots(len(maps), len(chosen), squeeze=False)
     for row, (title, labels) in zip(grid, maps.items(), strict=True):
         for axes, position in zip(row, chosen, strict=True):
-            draw(axes, image[..., position], labels[..., position], len(classes))
+            draw(axes, image[..., position], labels[..., position], classes)
         row[0].set_ylabel(title)
     for axes, position in zip(grid[0], chosen, strict=True):
         axes.set_title(f"slice {position}", fontsize=8)
-    patches = [Patch(color=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(classes)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(classes), 6), fontsize=8, frameon=False)
-    return figure
 
 
 def informative_slices(labels: np.ndarray) -> list[int]:

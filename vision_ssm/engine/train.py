@@ -1,26 +1,22 @@
 """One training run from config to published weights."""
 
-import json
-import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from rich.console import Console
 from torch import nn
 
-from vision_ssm.engine.checkpoint import save_weights, write_atomically
+from vision_ssm.engine.checkpoint import save_weights, write_json
 from vision_ssm.engine.config import config_name
 from vision_ssm.engine.evaluate import evaluate
 from vision_ssm.engine.progress import ProgressHook
 from vision_ssm.engine.runner import SafeRunner, build_runner, device
 from vision_ssm.engine.tasks import count_parameters
 
-__all__ = ["TrainingResult", "train", "write_json"]
+__all__ = ["TrainingResult", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +90,3 @@ def loss_curve(runner: SafeRunner) -> list[float]:
     """Training loss of every step, those before an interruption included."""
     losses, _ = runner.message_hub.get_scalar("train/loss").data
     return [float(loss) for loss in losses]
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file whole; numbers that JSON cannot hold, such as an infinite distance, become null."""
-    text = json.dumps(finite(content), indent=2) + "\n"
-    write_atomically(path, lambda partial: partial.write_text(text))
-
-
-def finite(node: Any) -> Any:
-    if isinstance(node, Mapping):
-        return {key: finite(value) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [finite(value) for value in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node
