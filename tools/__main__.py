@@ -25,6 +25,7 @@ COMMANDS = {
     "profile": "count parameters, multiply-adds and memory of models",
     "erf": "draw the effective receptive field of a model",
     "zoo": "list, convert and verify published checkpoints",
+    "experiment": "train networks under one budget and compare them",
     "bundle": "make a MONAI Bundle of a trained network",
 }
 
