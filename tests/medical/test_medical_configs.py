@@ -12,6 +12,7 @@ NETS = {
     "dynunet": ("filters=(4, 4, 4, 4, 4)",),
     "segmamba": ("dims=(4, 8)", "depths=(1, 1)", "hidden=8", "state=2"),
     "segresnet": ("init_filters=8", "blocks_down=(1, 1)", "blocks_up=(1,)"),
+    "ssm_unet": ("dims=(4, 8)", "depths=(1, 1)"),
     "swin_umamba": ("backbone=test_vmamba", "stem_channels=4"),
     "swin_unetr": ("feature_size=12", "depths=(1, 1, 1, 1)", "num_heads=(1, 1, 2, 2)"),
     "ultralight_vm_unet": ("widths=(4, 4, 4, 8, 8, 8)", "state=2"),
@@ -68,7 +69,9 @@ def test_a_medical_config_trains_and_validates(name, small_set, tmp_path):
     assert 0 <= runner.message_hub.get_scalar(f"val/{config.score}").current() <= 1
 
 
-@pytest.mark.parametrize("name", [name for name in MEDICAL if parts(name)[1] in ("umamba", "segmamba", "vm_unet")])
+@pytest.mark.parametrize(
+    "name", [name for name in MEDICAL if parts(name)[1] in ("ssm_unet", "umamba", "segmamba", "vm_unet")]
+)
 def test_the_twin_has_the_same_config_without_the_scan(name, small_set):
     nets = [build(made_small(name, small_set, *change).model.net) for change in ((), ("model.net.mixer=identity",))]
     counts = [sum(parameter.numel() for parameter in net.parameters()) for net in nets]
