@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from vision_ssm.segmentation import SSMUNet
-from vision_ssm.segmentation.unet import ChannelsFirst, missing_levels
+from vision_ssm.segmentation import SSMEncoder, SSMUNet
+from vision_ssm.segmentation.unet import ChannelsFirst, levels
 
 BACKBONES = ["test_vmamba", "test_convnext", "test_resnet", "vgg11"]
 
@@ -48,7 +48,7 @@ def test_deep_supervision_predicts_every_level_in_training_only():
 
 def test_fewer_maps_make_a_shallower_net():
     full, shallow = unet(), unet(out_indices=(0, 1, 2))
-    assert (full.multiple, shallow.multiple) == (32, 16)
+    assert (full.reductions[-1], shallow.reductions[-1]) == ([32, 32], [16, 16])
     assert sum(p.numel() for p in shallow.parameters()) < sum(p.numel() for p in full.parameters())
 
 
@@ -97,15 +97,65 @@ def test_a_misspelt_backbone_argument_is_refused():
 
 
 def test_maps_that_do_not_double_are_refused():
-    with pytest.raises(ValueError, match=r"test_vit are reduced by \[16, 16, 16\].*doubles"):
+    with pytest.raises(ValueError, match=r"test_vit are reduced by \[16, 16, 16\].*double from"):
         unet("test_vit")
     with pytest.raises(ValueError, match=r"reduced by \[3, 6\]"):
-        missing_levels("odd", [3, 6])
+        levels("odd", [3, 6], 2)
     with pytest.raises(ValueError, match="nothing to decode"):
-        missing_levels("flat", [1])
+        levels("flat", [1], 2)
 
 
 def test_widths_must_fit_the_levels():
     with pytest.raises(ValueError, match=r"5 decoder levels .* got 2 decoder_channels"):
         unet(decoder_channels=(8, 16))
     assert unet(decoder_channels=(4, 4, 8, 8, 8)).heads[0].in_channels == 4
+
+
+def test_strides_of_volumes_reach_the_decoder():
+    strides = (1, (1, 2, 2), 2)
+    net = SSMUNet(
+        "ssm3d_nano",
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=2,
+        dims=(4, 6, 8),
+        depths=(0, 1, 1),
+        strides=strides,
+        kernel_sizes=((1, 3, 3), (1, 3, 3), 3),
+    )
+    assert net.reductions == [[1, 1, 1], [1, 2, 2], [2, 4, 4]] and not net.image_levels
+    assert (
+        net.encoder.stages[1].downsample.weight.shape[2:] == net.encoder.stages[1].blocks[0].mixer.conv.weight.shape[2:]
+    )
+    maps = net.encoder(torch.randn(1, 1, 3, 5, 8))
+    assert [tuple(fmap.shape[2:]) for fmap in maps] == [(3, 5, 8), (3, 3, 4), (2, 2, 2)]
+
+
+def test_every_cell_reaches_a_strided_stage():
+    encoder = SSMEncoder(1, dims=(4,), depths=(0,), kernel_sizes=(1,))
+    image = torch.randn(1, 1, 4, 4, 4, requires_grad=True)
+    encoder(image)[0].square().sum().backward()
+    assert image.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"depths": (1,)}, "every stage needs an entry; got 2 stages"),
+        ({"strides": (2, 2, 2)}, "every stage needs an entry"),
+        ({"strides": (2, 3)}, "strides must be 1 or 2"),
+        ({"strides": (2, (2, 2))}, "strides must be one size or 3"),
+        ({"kernel_sizes": (3, 2)}, "kernel_size must be odd"),
+        ({"strides": (2, 1)}, "maps of ssm3d_nano are reduced by"),
+        ({"backbone": "vmamba_nano"}, "unknown backbone of volumes 'vmamba_nano'; there are ssm3d_nano, ssm3d_small"),
+        ({"backbone": "ssm3d_nano", "spatial_dims": 2}, "volumes, spatial_dims=3, take ssm3d_nano"),
+    ],
+)
+def test_wrong_encoders_of_volumes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        unet(**{"backbone": "ssm3d_nano", "spatial_dims": 3, "dims": (4, 6), "depths": (1, 1)} | arguments)
+
+
+def test_a_misspelt_argument_of_an_encoder_is_refused():
+    with pytest.raises(TypeError, match="mixre"):
+        unet("ssm3d_nano", spatial_dims=3, mixre="identity")

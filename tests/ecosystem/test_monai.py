@@ -8,7 +8,7 @@ from monai.networks.blocks import BaseEncoder
 from monai.networks.nets import FLEXUNET_BACKBONE, FlexibleUNet, FlexUNetEncoderRegister
 from torch.testing import assert_close
 
-from vision_ssm.segmentation import VMambaEncoder
+from vision_ssm.segmentation import VMambaEncoder, VolumeEncoder
 
 NAMES = VMambaEncoder.get_encoder_names()
 
@@ -23,16 +23,13 @@ def test_every_model_with_a_map_at_half_the_resolution_is_registered():
     assert set(NAMES) <= vmambas & set(FLEXUNET_BACKBONE.register_dict)
 
 
-def test_registration_agrees_with_the_class():
-    assert issubclass(VMambaEncoder, BaseEncoder)
+@pytest.mark.parametrize("encoder", [VMambaEncoder, VolumeEncoder])
+def test_registration_agrees_with_the_class(encoder):
+    assert issubclass(encoder, BaseEncoder)
     register = FlexUNetEncoderRegister()
-    register.register_class("vision_ssm.segmentation.VMambaEncoder")
-    columns = (
-        VMambaEncoder.num_outputs(),
-        VMambaEncoder.num_channels_per_output(),
-        VMambaEncoder.get_encoder_parameters(),
-    )
-    for name, *row in zip(NAMES, *columns, strict=True):
+    register.register_class(f"vision_ssm.segmentation.{encoder.__name__}")
+    columns = encoder.num_outputs(), encoder.num_channels_per_output(), encoder.get_encoder_parameters()
+    for name, *row in zip(encoder.get_encoder_names(), *columns, strict=True):
         entry = register.register_dict[name]
         assert [entry["feature_number"], entry["feature_channel"], entry["parameter"]] == row
         assert entry["feature_number"] == len(entry["feature_channel"]) == 5
@@ -121,7 +118,7 @@ def test_wrong_arguments_say_what_is_accepted():
         network("vmamba_tiny_v0")
     with pytest.raises(ValueError, match=r"unknown backbone 'vmamba_tiny_v0'.* vmamba_tiny,"):
         VMambaEncoder(2, 3, False, "vmamba_tiny_v0")
-    with pytest.raises(ValueError, match="need at least 32 x 32 pixels; got 31 x 64"):
+    with pytest.raises(ValueError, match="need at least 32 x 32 cells; got 31 x 64"):
         network()(torch.randn(1, 3, 31, 64))
 
 
@@ -143,3 +140,35 @@ def test_pretrained_weights_arrive(tmp_path, monkeypatch):
     wanted["stem.0.weight"] = wanted["stem.0.weight"].sum(1, keepdim=True)
     assert wanted.keys() - found.keys() == {"norm.weight", "norm.bias", "head.fc.weight", "head.fc.bias"}
     assert all(torch.equal(found[key], wanted[key]) for key in found)
+
+
+@pytest.mark.parametrize("name", VolumeEncoder.get_encoder_names())
+def test_maps_of_volumes_are_what_is_registered(name):
+    at = VolumeEncoder.get_encoder_names().index(name)
+    with torch.device("meta"):
+        encoder = VolumeEncoder(**VolumeEncoder.get_encoder_parameters()[at])
+        maps = encoder(torch.empty(1, 1, 35, 64, 47))
+    assert [tuple(fmap.shape) for fmap in maps] == [
+        (1, channels, 35 >> level, 64 >> level, 47 >> level)
+        for level, channels in enumerate(VolumeEncoder.num_channels_per_output()[at], start=1)
+    ]
+
+
+@pytest.mark.parametrize(("upsample", "size"), [("nontrainable", (32, 32, 32)), ("deconv", (32, 48, 34))])
+def test_volumes(upsample, size):
+    net = network("ssm3d_nano", spatial_dims=3, in_channels=2, decoder_channels=(8, 8, 8, 8, 4), upsample=upsample)
+    with eval_mode(net):
+        assert net(torch.randn(1, 2, *size)).shape == (1, 2, *size)
+    net(torch.randn(2, 2, 32, 32, 32)).square().mean().backward()
+    assert not [key for key, parameter in net.named_parameters() if parameter.grad is None]
+
+
+def test_wrong_arguments_of_volumes_say_what_is_accepted():
+    with pytest.raises(ValueError, match="ssm3d_nano is a network for volumes, spatial_dims=3; got spatial_dims=2"):
+        network("ssm3d_nano")
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for ssm3d_nano"):
+        network("ssm3d_nano", spatial_dims=3, pretrained=True)
+    with pytest.raises(ValueError, match="unknown backbone of volumes 'vmamba_tiny'; there are ssm3d_nano"):
+        VolumeEncoder(3, 1, False, "vmamba_tiny")
+    with pytest.raises(ValueError, match="need at least 32 x 32 x 32 cells; got 32 x 31 x 64"):
+        VolumeEncoder(3, 1, False, "ssm3d_nano")(torch.randn(1, 1, 32, 31, 64))

@@ -10,10 +10,15 @@ from monai.networks import eval_mode
 from torch import nn
 from torch.testing import assert_close
 
-from vision_ssm.segmentation import SegMamba, SwinUMamba, UltraLightVMUNet, UMamba, VMUNet
+from vision_ssm.segmentation import SegMamba, SSMUNet, SwinUMamba, UltraLightVMUNet, UMamba, VMUNet
 from vision_ssm.segmentation.ultralight_vm_unet import ChannelBridge
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+
+
+def ssm_unet(spatial_dims, backbone, **arguments):
+    return SSMUNet(backbone, spatial_dims=spatial_dims, **arguments)
+
 
 # A tiny form of each, called as network(in_channels=, out_channels=, ...), and the axes of its images.
 NETWORKS = {
@@ -33,6 +38,19 @@ NETWORKS = {
     "umamba_encoder_2d": (partial(UMamba, 2, form="encoder", channels=(4, 6, 8), state=2), 2),
     "segmamba_3d": (partial(SegMamba, 3, dims=(4, 6), depths=(1, 2), hidden=8, state=2), 3),
     "segmamba_2d": (partial(SegMamba, 2, dims=(4, 6), depths=(1, 1), mambas=2, hidden=8, state=2), 2),
+    "ssm_unet_3d": (
+        partial(
+            ssm_unet,
+            3,
+            backbone="ssm3d_nano",
+            dims=(4, 6, 8),
+            depths=(1, 1, 1),
+            strides=(2, (1, 2, 2), 2),
+            kernel_sizes=(3, (1, 3, 3), 3),
+        ),
+        3,
+    ),
+    "ssm_unet_2d": (partial(ssm_unet, 2, backbone="test_vmamba", decoder_channels=(4, 4, 6, 8, 8)), 2),
     "vm_unet": (partial(VMUNet, 2, backbone="test_vmamba", depths=(1, 1, 1, 1), decoder_depths=(1, 1, 1, 1)), 2),
     "swin_umamba": (partial(SwinUMamba, 2, backbone="test_vmamba", stem_channels=8), 2),
     "ultralight_vm_unet": (partial(UltraLightVMUNet, 2, widths=(4, 8, 8, 8, 12, 16), state=2), 2),

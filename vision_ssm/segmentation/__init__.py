@@ -1,6 +1,7 @@
 """Segmentation networks with MONAI's blocks: on timm backbones, from papers, and encoders for MONAI's own."""
 
-from vision_ssm.segmentation.flexible_unet import VMambaEncoder
+from vision_ssm.segmentation.encoder import SSMEncoder
+from vision_ssm.segmentation.flexible_unet import VMambaEncoder, VolumeEncoder
 from vision_ssm.segmentation.segmamba import SegMamba
 from vision_ssm.segmentation.swin_umamba import SwinUMamba
 from vision_ssm.segmentation.ultralight_vm_unet import UltraLightVMUNet
@@ -8,4 +9,14 @@ from vision_ssm.segmentation.umamba import UMamba
 from vision_ssm.segmentation.unet import SSMUNet
 from vision_ssm.segmentation.vm_unet import VMUNet
 
-__all__ = ["SSMUNet", "SegMamba", "SwinUMamba", "UMamba", "UltraLightVMUNet", "VMUNet", "VMambaEncoder"]
+__all__ = [
+    "SSMEncoder",
+    "SSMUNet",
+    "SegMamba",
+    "SwinUMamba",
+    "UMamba",
+    "UltraLightVMUNet",
+    "VMUNet",
+    "VMambaEncoder",
+    "VolumeEncoder",
+]

@@ -1,10 +1,10 @@
-"""VMamba as an encoder of MONAI's FlexibleUNet; importing this module registers it with MONAI.
+"""Encoders of MONAI's FlexibleUNet, for images and volumes; importing this module registers them with MONAI.
 
-FlexibleUNet wants maps at 1/2, 1/4, ..., 1/32 of the image. VMamba's convolution stem has one at 1/2, between its two
-convolutions, and pretrained as all others are. Models with a patch stem begin at 1/4 and are not registered; SSMUNet
-takes those.
+FlexibleUNet wants maps at 1/2, 1/4, ..., 1/32 of the image, which our encoders of volumes have. VMamba's convolution
+stem has one at 1/2, between its two convolutions, and pretrained as all others are. Models with a patch stem begin at
+1/4 and are not registered; SSMUNet takes those.
 """
-# Shapes: b batch, c channels, h w the image.
+# Shapes: b batch, c channels, (d) h w the image.
 
 from functools import cache
 from typing import Any
@@ -15,7 +15,9 @@ from monai.networks.blocks import BaseEncoder
 from monai.networks.nets import FLEXUNET_BACKBONE
 from torch import Tensor, nn
 
-__all__ = ["VMambaEncoder"]
+from vision_ssm.segmentation.encoder import ENCODERS, SSMEncoder
+
+__all__ = ["VMambaEncoder", "VolumeEncoder"]
 
 SMALLEST = 32
 
@@ -50,14 +52,12 @@ class VMambaEncoder(nn.Module, BaseEncoder):
         self.second = convolutions(model.stem)[1]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        height, width = x.shape[-2:]
-        if min(height, width) < SMALLEST:
-            raise ValueError(f"images need at least {SMALLEST} x {SMALLEST} pixels; got {height} x {width}. Pad them")
+        check_smallest(x)
         half = self.stem[: self.second](x)
         maps = [half, self.stages[0](self.stem[self.second :](half))]
         for stage in self.stages[1:]:
             maps.append(stage(maps[-1]))
-        return [fmap[..., : height // 2**level, : width // 2**level] for level, fmap in enumerate(maps, start=1)]
+        return halved(maps, list(x.shape[2:]))
 
     @classmethod
     def get_encoder_names(cls) -> list[str]:
@@ -97,4 +97,69 @@ def convolutions(stem: nn.Sequential) -> list[int]:
     return [place for place, module in enumerate(stem) if isinstance(module, nn.Conv2d)]
 
 
+class VolumeEncoder(SSMEncoder, BaseEncoder):
+    """Five maps of a volume, each half as large as the one before, odd sizes rounded down; see ``VMambaEncoder``.
+
+    Args:
+        spatial_dims: 3.
+        in_channels: channels of the volume.
+        pretrained: False; there are no weights.
+        backbone: a name in ``vision_ssm.segmentation.encoder.ENCODERS``.
+
+    Raises:
+        ValueError: another ``spatial_dims`` or backbone; in forward, a volume of less than 32 voxels along a side.
+        RuntimeError: ``pretrained``.
+
+    Shapes: (b, in_channels, d, h, w) -> list of (b, c_i, d // 2**(i + 1), h // 2**(i + 1), w // 2**(i + 1)).
+    """
+
+    def __init__(self, spatial_dims: int, in_channels: int, pretrained: bool, backbone: str) -> None:
+        if spatial_dims != 3:
+            raise ValueError(f"{backbone} is a network for volumes, spatial_dims=3; got spatial_dims={spatial_dims}")
+        if backbone not in ENCODERS:
+            raise ValueError(f"unknown backbone of volumes {backbone!r}; there are {', '.join(ENCODERS)}")
+        if pretrained:
+            raise RuntimeError(f"No pretrained weights exist for {backbone}; set pretrained=False")
+        super().__init__(in_channels, **ENCODERS[backbone])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        check_smallest(x)
+        return halved(super().forward(x), list(x.shape[2:]))
+
+    @classmethod
+    def get_encoder_names(cls) -> list[str]:
+        return list(ENCODERS)
+
+    @classmethod
+    def num_channels_per_output(cls) -> list[tuple[int, ...]]:
+        return [tuple(arguments["dims"]) for arguments in ENCODERS.values()]
+
+    @classmethod
+    def num_outputs(cls) -> list[int]:
+        return [len(channels) for channels in cls.num_channels_per_output()]
+
+    @classmethod
+    def get_encoder_parameters(cls) -> list[dict[str, Any]]:
+        """What builds each encoder; new dictionaries in every call, since FlexibleUNet writes into them."""
+        return [{"spatial_dims": 3, "in_channels": 1, "pretrained": False, "backbone": name} for name in ENCODERS]
+
+
+def check_smallest(image: Tensor) -> None:
+    """Raises ValueError where the coarsest of five maps would have no cell, which FlexibleUNet rounds down to."""
+    sizes = list(image.shape[2:])
+    if min(sizes) < SMALLEST:
+        axes = " x ".join([str(SMALLEST)] * len(sizes))
+        raise ValueError(f"images need at least {axes} cells; got {' x '.join(map(str, sizes))}. Pad them")
+
+
+def halved(maps: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    """The maps at 1/2, 1/4, ... of an image of these sizes, without the cells by which they are rounded up."""
+    for level, fmap in enumerate(maps):
+        for axis, size in enumerate(sizes):
+            fmap = fmap.narrow(axis + 2, 0, size // 2 ** (level + 1))
+        maps[level] = fmap
+    return maps
+
+
 FLEXUNET_BACKBONE.register_class(VMambaEncoder)
+FLEXUNET_BACKBONE.register_class(VolumeEncoder)

@@ -4,15 +4,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def pad_image(image: Tensor, in_channels: int, reductions: list[int]) -> Tensor:
-    """Repeats the last cells of each axis up to a multiple of its reduction, for a coarsest map of two cells or more.
-
-    A single cell would be its own mean to an instance norm, which PyTorch refuses.
+def pad_image(image: Tensor, in_channels: int, reductions: list[int], least: int = 2) -> Tensor:
+    """Repeats the last cells of each axis up to a multiple of its reduction.
 
     Args:
         image: (b, in_channels, *sizes).
         in_channels: channels that the network takes.
         reductions: cells of the image to one of the coarsest map, for each axis.
+        least: cells of the coarsest map; a single one would be its own mean to an instance norm, which PyTorch refuses.
 
     Raises:
         ValueError: another number of axes or channels, or an axis without cells.
@@ -24,8 +23,8 @@ def pad_image(image: Tensor, in_channels: int, reductions: list[int]) -> Tensor:
             f"got {shape}"
         )
     cells = [-(-size // reduction) for size, reduction in zip(shape[2:], reductions)]  # noqa: B905 (no strict= in a script)
-    if max(cells) == 1:
-        cells[-1] = 2
+    if max(cells) < least:
+        cells[-1] = least
     pads: list[int] = []
     for axis in range(len(cells) - 1, -1, -1):
         pads += [0, cells[axis] * reductions[axis] - shape[axis + 2]]
