@@ -16,6 +16,7 @@ from rich.console import Console
 
 from vision_ssm.engine.config import load_config
 from vision_ssm.engine.evaluate import load_task, score_samples
+from vision_ssm.engine.figures import overlays, upright
 from vision_ssm.engine.samples import Sample, Volumes, folder_samples, test_samples
 from vision_ssm.engine.scores import Evaluation, score
 from vision_ssm.tools.__main__ import main
@@ -251,3 +252,18 @@ def test_what_cannot_be_scored_is_one_line(bands, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([str(argument) for argument in wrong])
         assert "give a checkpoint, or --labels and --truth" in capsys.readouterr().err
+
+
+def test_figures_show_volumes_upright():
+    """Slices of a volume stored back to front, from the feet, along z first."""
+    affine = np.array([[0.0, 0, -2, 9], [0, -3, 0, 8], [1, 0, 0, 7], [0, 0, 0, 1]])
+    voxels = np.random.default_rng(0).random((4, 5, 6))
+    shown = upright(voxels, {"truth": voxels > 0.5}, affine)
+    canonical = nibabel.as_closest_canonical(nibabel.Nifti1Image(voxels, affine))
+    assert_allclose(shown.image, canonical.get_fdata())
+    assert (shown.maps["truth"] == (shown.image > 0.5)).all()
+    assert_allclose(shown.spacing, canonical.header.get_zooms())
+    figure = overlays({"one": shown, "two": shown}, ("a",))
+    panels = [panel for part in figure.subfigs for panel in part.axes]
+    assert len(panels) == 6
+    assert {panel.get_aspect() for panel in panels} == {1.5}

@@ -15,7 +15,7 @@ from vision_ssm._version import __version__
 from vision_ssm.data.deep_grey import deep_grey_files
 from vision_ssm.engine.checkpoint import write_json
 from vision_ssm.engine.config import build, load_config
-from vision_ssm.engine.figures import curves, overlays, save_figure
+from vision_ssm.engine.figures import Shown, curves, overlays, save_figure
 from vision_ssm.engine.predict import predict_file
 from vision_ssm.engine.predictor import Predictor
 from vision_ssm.engine.report import score_rows, write_report
@@ -96,7 +96,7 @@ def compare(config: Config, tasks: dict[str, BaseModel]) -> Any:
     maps = {"truth": item["label"][0].numpy()}
     for title, task in tasks.items():
         maps[title] = task.label_map(image[None].to(device()))[0, 0].cpu().numpy()
-    return overlays(image[len(image) // 2].numpy(), maps, tuple(config.classes))
+    return overlays({"": Shown(image[len(image) // 2].numpy(), maps)}, tuple(config.classes))
 
 
 def summary(results: dict[str, TrainingResult]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich.progress import track
 
 from vision_ssm.engine.checkpoint import load_into, read_state, write_json
 from vision_ssm.engine.config import build, config_name
-from vision_ssm.engine.figures import comparisons, save_figure
+from vision_ssm.engine.figures import overlays, save_figure
 from vision_ssm.engine.metrics import HD95, Dice
 from vision_ssm.engine.runner import build_loader, device
 from vision_ssm.engine.samples import Sample, folder_samples, test_samples
@@ -153,20 +153,13 @@ def score_samples(
 
 def draw_extremes(path: Path, evaluation: Evaluation, samples: Sequence[Sample]) -> bool:
     """Draws the best, median and worst case by Dice to a PNG, truth above prediction; False if no case has a Dice."""
-    rows: dict[str, tuple[np.ndarray, dict[str, np.ndarray]]] = {}
-    for title, position in evaluation.extremes().items():
-        case = samples[position].load()
-        image = np.zeros(case.truth.shape, np.float32) if case.image is None else case.image
-        dice = evaluation.across()[0, position]
-        rows[f"{title}: {samples[position].name}, Dice {dice:.3f}"] = (
-            image,
-            {
-                "truth": case.truth,
-                "prediction": case.prediction,
-            },
-        )
+    dice = evaluation.across()[0]
+    rows = {
+        f"{title}: {samples[case].name}, Dice {dice[case]:.3f}": samples[case].load().shown()
+        for title, case in evaluation.extremes().items()
+    }
     if rows:
-        save_figure(path, comparisons(rows, evaluation.classes))
+        save_figure(path, overlays(rows, evaluation.classes))
     return bool(rows)
 
 

@@ -1,52 +1,69 @@
 """Pictures of a run, loss curves and label maps over the image, and of a benchmark."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Patch, Rectangle
+from nibabel.orientations import apply_orientation, io_orientation
 
 from vision_ssm.engine.benchmark.rows import Row
 from vision_ssm.engine.checkpoint import write_atomically
 from vision_ssm.engine.erf import PARTS, Field
 
-__all__ = ["comparisons", "curves", "overlays", "receptive_fields", "resolution", "save_figure"]
+__all__ = ["Shown", "curves", "overlays", "receptive_fields", "resolution", "save_figure", "upright"]
 
 COLOURS = colormaps["tab10"](range(10))[:, :3]
 SLICES = 5
 
 
-def overlays(image: np.ndarray, maps: Mapping[str, np.ndarray], classes: Sequence[str]) -> Figure:
-    """Axial slices of an image under one row of label maps each.
+@dataclass(frozen=True)
+class Shown:
+    """A case of a figure.
 
-    Args:
-        image: (x, y, z).
+    Attributes:
+        image: (x, y, z), with x to the right and y to the front, see ``upright``.
         maps: title -> labels (x, y, z); the first chooses the slices.
-        classes: names of the labels 1, 2, ...
+        spacing: millimetres between voxels along x, y and z.
     """
-    return comparisons({"": (image, maps)}, classes)
+
+    image: np.ndarray
+    maps: Mapping[str, np.ndarray]
+    spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    def share(self) -> float:
+        """Height of a slice as a share of its width, at most 1: higher slices are narrower."""
+        width, height = (size * step for size, step in zip(self.image.shape[:2], self.spacing[:2], strict=True))
+        return height / max(width, height)
 
 
-def comparisons(cases: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]], classes: Sequence[str]) -> Figure:
-    """The rows of ``overlays`` for several cases, one below the other.
+def upright(image: np.ndarray, maps: Mapping[str, np.ndarray], affine: np.ndarray) -> Shown:
+    """A case as it lies in its file, turned so that its axes run to the right, to the front and up."""
+    turns = io_orientation(affine)
+    turned = {title: apply_orientation(labels, turns) for title, labels in maps.items()}
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)[np.argsort(turns[:, 0])]
+    return Shown(apply_orientation(image, turns), turned, tuple(spacing.tolist()))
+
+
+def overlays(cases: Mapping[str, Shown], classes: Sequence[str]) -> Figure:
+    """Axial slices of each case's image under one row of label maps each.
 
     Args:
-        cases: title -> image and label maps.
+        cases: by title, which may be empty.
         classes: names of the labels 1, 2, ...
     """
-    shares = [image.shape[1] / max(image.shape[:2]) for image, _ in cases.values()]
-    heights = [2.4 * len(maps) * share + 0.4 for (_, maps), share in zip(cases.values(), shares, strict=True)]
+    heights = [2.4 * len(case.maps) * case.share() + 0.4 for case in cases.values()]
     figure = Figure(figsize=(2.2 * SLICES, sum(heights) + 0.4), layout="constrained")
     parts = figure.subfigures(len(cases), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for part, (title, (image, maps)) in zip(parts, cases.items(), strict=True):
+    for part, (title, case) in zip(parts, cases.items(), strict=True):
         if title:
             part.suptitle(title)
-        draw_rows(part, image, maps, len(classes))
-    found = {int(label) for _, maps in cases.values() for labels in maps.values() for label in np.unique(labels)}
+        draw_rows(part, case, len(classes))
+    found = {int(label) for case in cases.values() for labels in case.maps.values() for label in np.unique(labels)}
     patches = [
         Patch(color=COLOURS[(label - 1) % len(COLOURS)], label=name)
         for label, name in enumerate(classes, start=1)
@@ -56,12 +73,20 @@ def comparisons(cases: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]]
     return figure
 
 
-def draw_rows(part: FigureBase, image: np.ndarray, maps: Mapping[str, np.ndarray], classes: int) -> None:
-    chosen = informative_slices(next(iter(maps.values())))
-    grid = part.subplots(len(maps), len(chosen), squeeze=False)
-    for row, (title, labels) in zip(grid, maps.items(), strict=True):
+def draw_rows(part: FigureBase, case: Shown, classes: int) -> None:
+    chosen = informative_slices(next(iter(case.maps.values())))
+    darkest, brightest = np.percentile(case.image, (0.5, 99.5))
+    grid = part.subplots(len(case.maps), len(chosen), squeeze=False)
+    for row, (title, labels) in zip(grid, case.maps.items(), strict=True):
         for axes, position in zip(row, chosen, strict=True):
-            draw(axes, image[..., position], labels[..., position], classes)
+            aspect = case.spacing[1] / case.spacing[0]
+            image = case.image[..., position].T
+            axes.imshow(image, cmap="gray", origin="lower", aspect=aspect, vmin=darkest, vmax=brightest)
+            axes.imshow(
+                coloured(labels[..., position], classes), origin="lower", aspect=aspect, interpolation="nearest"
+            )
+            axes.set_xticks([])
+            axes.set_yticks([])
         row[0].set_ylabel(title)
     for axes, position in zip(grid[0], chosen, strict=True):
         axes.set_title(f"slice {position}", fontsize=8)
@@ -75,15 +100,12 @@ def informative_slices(labels: np.ndarray) -> list[int]:
     return sorted({int(positions[round(step)]) for step in inner})
 
 
-def draw(axes: Axes, image: np.ndarray, labels: np.ndarray, classes: int) -> None:
-    """One slice, first axis to the right and second axis up, with colour where there is a label."""
-    colour = np.zeros((*labels.shape, 4))
+def coloured(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Labels (y, x) -> colours (y, x, 4), transparent where there is no label."""
+    colours = np.zeros((*labels.shape, 4))
     for label in range(1, classes + 1):
-        colour[labels == label] = (*COLOURS[(label - 1) % len(COLOURS)], 0.55)
-    axes.imshow(image.T, cmap="gray", origin="lower")
-    axes.imshow(colour.transpose(1, 0, 2), origin="lower", interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
+        colours[labels == label] = (*COLOURS[(label - 1) % len(COLOURS)], 0.55)
+    return colours
 
 
 def resolution(rows: Sequence[Row]) -> Figure:

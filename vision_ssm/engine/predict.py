@@ -17,7 +17,7 @@ from rich.progress import track
 from vision_ssm.data.dicom import read_series
 from vision_ssm.engine.cases import Case, find_cases, nifti_suffix
 from vision_ssm.engine.checkpoint import write_atomically
-from vision_ssm.engine.figures import overlays, save_figure
+from vision_ssm.engine.figures import overlays, save_figure, upright
 from vision_ssm.engine.predictor import Predictor
 
 __all__ = ["Batch", "Outputs", "predict_file", "predict_folder"]
@@ -211,7 +211,8 @@ def write_case(predictor: Predictor, case: Case, outputs: Outputs) -> list[dict[
         background = background[..., 0]
     labels = chances.argmax(axis=0).astype(np.min_scalar_type(len(chances) - 1))
     image = on_grid(labels, source, predictor.mark)
-    save_figure(outputs.overlay, overlays(background, {"prediction": labels}, predictor.classes))
+    shown = upright(background, {"prediction": labels}, source.affine)
+    save_figure(outputs.overlay, overlays({"": shown}, predictor.classes))
     if outputs.probabilities:
         maps = on_grid(np.moveaxis(chances, 0, -1), source, predictor.mark)
         write_atomically(outputs.probabilities, lambda partial: nibabel.save(maps, partial))

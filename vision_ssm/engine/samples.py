@@ -20,6 +20,7 @@ from vision_ssm.data.dicom import read_series
 from vision_ssm.data.volumes import LoadVolumed, check_grid, class_map, read_volume
 from vision_ssm.engine.cases import find_cases, nifti_suffix, stem
 from vision_ssm.engine.config import build
+from vision_ssm.engine.figures import Shown, upright
 from vision_ssm.engine.metrics import HD95
 from vision_ssm.engine.predictor import Predictor
 from vision_ssm.engine.runner import device
@@ -37,12 +38,20 @@ class Volumes:
         image: shown in figures (x, y, z); None if there is none.
         prediction, truth: classes (x, y, z).
         spacing: millimetres between voxels along x, y and z.
+        affine: to millimetres; None if it is not known.
     """
 
     image: np.ndarray | None
     prediction: np.ndarray
     truth: np.ndarray
     spacing: tuple[float, ...]
+    affine: np.ndarray | None = None
+
+    def shown(self) -> Shown:
+        """Truth and prediction over the image, for a figure."""
+        image = np.zeros(self.truth.shape, np.float32) if self.image is None else self.image
+        maps = {"truth": self.truth, "prediction": self.prediction}
+        return Shown(image, maps, self.spacing) if self.affine is None else upright(image, maps, self.affine)
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,7 @@ def on_own_grid(predictor: Predictor, entry: Mapping[str, Any]) -> Volumes:
         prediction=prediction,
         truth=truth,
         spacing=spacing_of(source.affine),
+        affine=source.affine,
     )
 
 
@@ -165,7 +175,7 @@ def pair_of(predicted: Path, classes: Values, true: Path, values: Values, shown:
     if shown is not None:
         image, image_affine = read_series(shown) if shown.is_dir() else read_volume(shown)
         check_grid(f"image {shown} and truth {true}", (image, image_affine), (truth, true_affine))
-    return Volumes(image=image, prediction=prediction, truth=truth, spacing=spacing_of(true_affine))
+    return Volumes(image=image, prediction=prediction, truth=truth, spacing=spacing_of(true_affine), affine=true_affine)
 
 
 def read_classes(path: Path, values: Values) -> tuple[np.ndarray, np.ndarray]:
