@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TOP = ("configs", "kernels", "model_zoo", "tools")
-INNER = ("backbones", "data", "engine", "layers", "segmentation")
+INNER = ("backbones", "data", "engine", "layers", "nnunet", "segmentation")
 
 # What a folder may import of this package beside itself and the version.
 ALLOWED = {
@@ -17,6 +17,7 @@ ALLOWED = {
     "model_zoo": set(),
     "backbones": {"kernels", "layers", "model_zoo"},
     "segmentation": {"kernels", "layers", "backbones"},
+    "nnunet": {"segmentation"},
     "data": {"kernels", "layers", "backbones"},
     "engine": {"kernels", "layers", "backbones", "segmentation", "data", "model_zoo", "configs"},
     "configs": {"layers", "backbones", "segmentation", "data", "engine"},
@@ -30,6 +31,7 @@ OWNERS = {
     "mmengine": {"engine", "configs"},
     "monai": {"segmentation", "data", "engine", "configs"},
     "nibabel": {"data", "engine"},
+    "nnunetv2": {"nnunet"},
     "rich": {"engine", "tools"},
     "timm": {"layers", "model_zoo", "backbones", "segmentation", "data", "engine", "configs", "tools"},
 }

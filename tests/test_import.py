@@ -13,6 +13,7 @@ OPTIONAL = [
     "mmengine",
     "monai",
     "nibabel",
+    "nnunetv2",
     "numba",
     "rich",
     "segmentation_models_pytorch",
