@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import vision_ssm  # noqa: F401  registers the models
-from vision_ssm.layers.channel_mixer import CHANNEL_SCANS, ChannelMixer, WeightedAverage
+from vision_ssm.layers.channel_mixer import CHANNEL_SCANS, ChannelMixer, PerCell, WeightedAverage
 
 
 @pytest.mark.parametrize("scan", CHANNEL_SCANS)
@@ -77,10 +77,29 @@ def test_stochastic_depth_passes_a_sample_on():
     assert features.flatten(1).std(1).min() > 0.1
 
 
+def test_a_scan_of_channels_begins_with_some_gain():
+    """What comes out is not next to nothing of what goes in, as it is with a backbone's values for wide projections.
+
+    A scan's gain is that of eight random numbers: a single one may be small by chance, the median of twelve is not. It
+    lies in 0.038 to 0.079 over thirty seeds, and below 0.0002 with the values of the other projections.
+    """
+    model = timm.create_model("test_vim2", depths=(1, 1, 9, 1)).double()
+    scans = [module for module in model.modules() if isinstance(module, PerCell)]
+    x = torch.randn(1, 4, 4, 16, dtype=torch.float64)
+    assert len(scans) == 12 and torch.stack([scan(x).std() for scan in scans]).median() > 0.005 * x.std()
+
+
 def test_a_signal_reaches_the_last_stage():
-    model = timm.create_model("test_vim2").eval()
-    maps = model.forward_intermediates(torch.randn(2, 3, 64, 64), intermediates_only=True)
-    assert min(m.std() for m in maps) > 1e-5 and model.norm(maps[-1]).std() > 0.2
+    """Two images differ at the end. Without residuals, chance decides how large maps are beside the norms' eps: 0 here.
+
+    The difference lies in 0.73 to 1.16 over thirty seeds; of maps that do not depend on the image it is 0 or no number.
+    """
+    model = timm.create_model("test_vim2").eval().double()
+    for module in model.modules():
+        if hasattr(module, "eps"):
+            module.eps = 0.0
+    first, second = model.forward_features(torch.randn(2, 3, 64, 64, dtype=torch.float64))
+    assert (first - second).norm() > 0.1 * (first.norm() + second.norm()) / 2
 
 
 def test_identity_has_neither_scan():
