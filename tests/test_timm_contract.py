@@ -74,6 +74,8 @@ def test_configuration(name):
         for headless in (model, on_meta(name, num_classes=0, **options)):
             assert headless.num_classes == 0 and headless.forward_head(features).shape == shape
     assert model(x).shape == features.shape
+    logits = on_meta(name, num_classes=3, global_pool="").forward_head(features)  # of each cell or token
+    assert logits.shape == ((1, 3, *features.shape[2:]) if config["pool_size"] else (*features.shape[:2], 3))
 
     with pytest.raises(TypeError, match="not_an_argument"):
         on_meta(name, not_an_argument=1)

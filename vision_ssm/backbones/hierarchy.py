@@ -226,7 +226,9 @@ class Hierarchy(nn.Module):
         return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+        if pre_logits or self.head.global_pool.pool_type != "":
+            return self.head(x, pre_logits=pre_logits)
+        return self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # not pooled: the logits of each cell
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
