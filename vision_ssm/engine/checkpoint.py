@@ -129,5 +129,9 @@ def save_weights(path: Path, net: nn.Module, *, config: str, classes: tuple[str,
         "input_channels": str(channels),
         "parameters": str(sum(parameter.numel() for parameter in net.parameters())),
     }
-    state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+    # Copies: some networks, MONAI's DynUNet among them, hold a tensor under two names, and safetensors refuses that.
+    state = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in net.state_dict().items()
+    }
     write_atomically(path, lambda partial: partial.write_bytes(save(state, metadata=metadata)))
