@@ -93,6 +93,7 @@ def test_empty_classes_are_as_in_monai_and_are_counted():
     assert (hd95.mean, hd95.cases, hd95.missed, hd95.invented) == (0, 1, 1, 1)
     assert nsd.mean == pytest.approx(1 / 3)
     assert (rows["dice/high"].cases, rows["dice/mean"].cases) == (0, 2)
+    assert (rows["hd95/mean"].missed, rows["hd95/mean"].invented, rows["hd95/high"].missed) == (1, 1, 0)
     assert math.isnan(rows["dice/high"].mean)
     assert evaluation.extremes() == {"best": 0, "worst": 1}
 
@@ -267,3 +268,7 @@ def test_figures_show_volumes_upright():
     panels = [panel for part in figure.subfigs for panel in part.axes]
     assert len(panels) == 6
     assert {panel.get_aspect() for panel in panels} == {1.5}
+    for z, panel in zip((0, 1, 2), panels, strict=False):  # rows of a picture run along y
+        grey, colours = (drawn.get_array() for drawn in panel.images)
+        assert_allclose(grey, shown.image[..., z].T)
+        assert ((colours[..., 3] > 0) == shown.maps["truth"][..., z].T).all()

@@ -442,3 +442,31 @@ def test_output_that_is_not_finite_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not finite; check its weights"):
         predict_file(Predictor(config, task), save(tmp_path / "in.nii", image_of(truth())), tmp_path / "out.nii")
     assert not (tmp_path / "out.nii").exists()
+
+
+def test_cases_of_two_channels_are_labelled(tmp_path):
+    """The class is the sum of both channels: as two files, a folder, a series beside a file, and one 4-D file."""
+    config = load_config(BANDS, ["prepare.0.channels=2", "model.net.in_channels=2"])
+    task = build(config.model).eval()
+    centres = torch.arange(3.0)
+    with torch.no_grad():
+        task.net.weight.copy_((20 * centres).view(3, 1, 1, 1, 1).expand(3, 2, 1, 1, 1))
+        task.net.bias.copy_(-10 * centres**2)
+    cases = tmp_path / "cases"
+    parts = image_of(truth()) - 5, np.full(SHAPE, 5, np.float32)
+    (cases / "b").mkdir(parents=True)
+    for channel, part in enumerate(parts):
+        save(cases / f"a_{channel:04}.nii.gz", part)
+        save(cases / "b" / f"scan_{channel:04}.nii.gz", part)
+    series = save_series(cases / "c_0000", truth())
+    save(cases / "c_0001.nii", np.zeros(SHAPE, np.float32), read_series(series)[1])
+    save(cases / "d.nii.gz", np.stack(parts, axis=-1))
+    save(cases / "e.nii.gz", parts[0])
+    save(cases / "f_0000.nii", parts[0])
+    save(cases / "f_0001.nii", parts[1], np.eye(4))
+    batch = predict_folder(Predictor(config, task), cases, tmp_path / "out", console=QUIET)
+    assert batch.written == [*"abcd"]
+    for name in "abcd":
+        assert (labels_in(tmp_path / "out" / f"{name}.nii.gz") == truth()).all()
+    assert "1 channels where 2 are expected" in batch.failed["e"]
+    assert "different grids" in batch.failed["f"]

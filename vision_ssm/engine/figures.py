@@ -82,9 +82,8 @@ def draw_rows(part: FigureBase, case: Shown, classes: int) -> None:
             aspect = case.spacing[1] / case.spacing[0]
             image = case.image[..., position].T
             axes.imshow(image, cmap="gray", origin="lower", aspect=aspect, vmin=darkest, vmax=brightest)
-            axes.imshow(
-                coloured(labels[..., position], classes), origin="lower", aspect=aspect, interpolation="nearest"
-            )
+            colours = coloured(labels[..., position].T, classes)
+            axes.imshow(colours, origin="lower", aspect=aspect, interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
         row[0].set_ylabel(title)

@@ -78,7 +78,7 @@ class Summary:
         metric, name: such as dice and caudate.
         mean, low, high: of the cases that have a value, and the 95 % bootstrap interval, for two cases or more.
         cases: how many have a value.
-        missed, invented: in how many the class is in the truth alone, and in the prediction alone; None across classes.
+        missed, invented: how often the class is in the truth alone, and in the prediction alone.
     """
 
     metric: str
@@ -87,8 +87,8 @@ class Summary:
     low: float
     high: float
     cases: int
-    missed: int | None
-    invented: int | None
+    missed: int
+    invented: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +120,11 @@ class Evaluation:
     def summaries(self) -> Iterator[Summary]:
         """Every metric over the classes and for each class, in this order."""
         predicted, true = self.held
+        missed, invented = true & ~predicted, predicted & ~true
         for metric, values, means in zip(METRICS, self.scores, self.across(), strict=True):
-            yield summary(metric, ACROSS, means, None, None, self.seed)
-            for number, name in enumerate(self.classes):
-                missed, invented = (true & ~predicted)[:, number], (predicted & ~true)[:, number]
-                yield summary(metric, name, values[:, number], int(missed.sum()), int(invented.sum()), self.seed)
+            yield summary(metric, ACROSS, means, int(missed.sum()), int(invented.sum()), self.seed)
+            for name, *column in zip(self.classes, values.T, missed.sum(axis=0), invented.sum(axis=0), strict=True):
+                yield summary(metric, name, column[0], int(column[1]), int(column[2]), self.seed)
 
     def extremes(self) -> dict[str, int]:
         """Numbers of the best, median and worst case by Dice; fewer if there are not as many cases with a value."""
@@ -139,7 +139,7 @@ class Evaluation:
         table = Table(*(Column(title, justify="left" if title == "metric" else "right") for title in columns))
         for row in self.summaries():
             interval = "" if math.isnan(row.low) else f"{row.low:.4f} to {row.high:.4f}"
-            counts = ("" if count is None else str(count) for count in (row.cases, row.missed, row.invented))
+            counts = (str(count) for count in (row.cases, row.missed, row.invented))
             table.add_row(f"{row.metric}/{row.name}", f"{row.mean:.4f}", interval, *counts)
         console.print(table)
 
@@ -159,7 +159,8 @@ class Evaluation:
                 "mean": row.mean,
                 "interval": [row.low, row.high],
                 "cases": row.cases,
-                **({} if row.missed is None else {"missed": row.missed, "invented": row.invented}),
+                "missed": row.missed,
+                "invented": row.invented,
             }
             for row in self.summaries()
         }
@@ -177,7 +178,7 @@ class Evaluation:
         write_json(path, {**about, **method, "means": means, "extremes": extremes, "cases": rows})
 
 
-def summary(metric: str, name: str, values: np.ndarray, missed: int | None, invented: int | None, seed: int) -> Summary:
+def summary(metric: str, name: str, values: np.ndarray, missed: int, invented: int, seed: int) -> Summary:
     """Mean and percentile bootstrap over cases of the values that are not NaN."""
     known = values[~np.isnan(values)]
     low = high = math.nan
