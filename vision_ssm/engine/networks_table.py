@@ -13,7 +13,7 @@ from vision_ssm.segmentation import SegMamba, SSMUNet, SwinUMamba, UltraLightVMU
 __all__ = ["render"]
 
 SEVEN_STAGES = (32, 64, 128, 256, 512, 512, 512)
-NNUNET = {"kernel_size": [3] * 6, "strides": [1, *[2] * 5], "upsample_kernel_size": [2] * 5}
+DYNUNET = partial(DynUNet, 3, kernel_size=[3] * 6, strides=[1, *[2] * 5], upsample_kernel_size=[2] * 5)
 
 
 CAPTION = (
@@ -31,18 +31,18 @@ class Row(NamedTuple):
     out_channels: int
     published: str = ""
 
-    def count(self, **arguments: str) -> str:
-        """Parameters in millions."""
+    def parameters(self, **arguments: str) -> str:
+        """In millions."""
         with torch.device("meta"):
             net = self.network(in_channels=self.in_channels, out_channels=self.out_channels, **arguments)
         total = sum(parameter.numel() for parameter in net.parameters()) / 1e6
         return f"{total:.2f}" if total >= 1 else f"{total:.3f}"
 
 
-def swin_unetr(**arguments: int) -> nn.Module:
+def swin_unetr(in_channels: int, out_channels: int) -> nn.Module:
     """SwinUNETR, which reads numbers from a tensor while it is built."""
     with torch.device("cpu"):
-        return SwinUNETR(feature_size=48, **arguments)
+        return SwinUNETR(in_channels=in_channels, out_channels=out_channels, feature_size=48)
 
 
 OURS = (
@@ -76,7 +76,7 @@ OURS = (
     Row("`UltraLightVMUNet`, 2-D", partial(UltraLightVMUNet, 2), 3, 1, "0.049 (arXiv:2403.20035)"),
 )
 MONAI = (
-    Row("MONAI DynUNet, six stages, 3-D", partial(DynUNet, 3, **NNUNET), 1, 14),
+    Row("MONAI DynUNet, six stages, 3-D", DYNUNET, 1, 14),
     Row("MONAI SegResNet, `init_filters=32`, 3-D", partial(SegResNet, 3, init_filters=32), 4, 4),
     Row("MONAI SwinUNETR, `feature_size=48`, 3-D", swin_unetr, 4, 4),
 )
@@ -89,8 +89,8 @@ def render() -> str:
         "|---|---|---:|---:|---|",
     ]
     for row in (*OURS, *MONAI):
-        twin = row.count(mixer="identity") if row in OURS else ""
+        twin = row.parameters(mixer="identity") if row in OURS else ""
         lines.append(
-            f"| {row.name} | {row.in_channels}, {row.out_channels} | {row.count()} | {twin} | {row.published} |"
+            f"| {row.name} | {row.in_channels}, {row.out_channels} | {row.parameters()} | {twin} | {row.published} |"
         )
     return "\n".join([*lines, "", CAPTION])

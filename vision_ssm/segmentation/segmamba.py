@@ -100,17 +100,19 @@ class SegMamba(nn.Module):
             for width, depth in zip(dims, depths, strict=True)
         )
         levels = (*dims, hidden)  # widths of the decoder at 1/1, 1/2, ...
-        residual = {"kernel_size": 3, "norm_name": INSTANCE_NORM, "res_block": True}
-        self.skips = nn.ModuleList(
-            UnetrBasicBlock(spatial_dims, before, width, stride=1, **residual)
-            for before, width in zip((in_channels, *dims), levels, strict=True)
+        keep = partial(UnetrBasicBlock, spatial_dims, kernel_size=3, stride=1, norm_name=INSTANCE_NORM, res_block=True)
+        up = partial(
+            UnetrUpBlock,
+            spatial_dims,
+            kernel_size=3,
+            upsample_kernel_size=2,
+            norm_name=INSTANCE_NORM,
+            res_block=True,
         )
+        self.skips = nn.ModuleList(keep(*widths) for widths in zip((in_channels, *dims), levels, strict=True))
         self.decoder = Decoder(
             spatial_dims,
-            [
-                UnetrUpBlock(spatial_dims, coarse, width, upsample_kernel_size=2, **residual)
-                for width, coarse in pairwise(levels)
-            ],
+            [up(coarse, width) for width, coarse in pairwise(levels)],
             dims,
             out_channels,
             deep_supervision,

@@ -110,14 +110,15 @@ class UMamba(nn.Module):
             self.reductions.append([before * now for before, now in zip(self.reductions[-1], step, strict=True)])
         make_mixer = ahead(spatial_dims) if mixer == "mamba" else find_mixer(mixer, spatial_dims)
         residual = partial(residual_blocks, spatial_dims)
-        self.encoder = nn.ModuleList(
+        encoder = [
             residual(*widths, side, step, count)
             for widths, side, step, (count,) in zip(
                 pairwise((in_channels, *channels)), sides, steps, counts, strict=True
             )
-        )
+        ]
         for stage in range(stages)[FORMS[form]]:
-            self.encoder[stage].append(CellMixer(channels[stage], mixer=make_mixer, state=state))
+            encoder[stage].append(CellMixer(channels[stage], mixer=make_mixer, state=state))
+        self.encoder = nn.ModuleList(encoder)
         self.decoder = Decoder(
             spatial_dims,
             [
