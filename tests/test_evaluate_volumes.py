@@ -14,7 +14,8 @@ from monai.networks import one_hot
 from numpy.testing import assert_allclose
 from rich.console import Console
 
-from vision_ssm.engine.config import load_config
+from vision_ssm.engine.checkpoint import save_weights
+from vision_ssm.engine.config import build, load_config
 from vision_ssm.engine.evaluate import load_task, score_samples
 from vision_ssm.engine.figures import overlays, upright
 from vision_ssm.engine.samples import Sample, Volumes, folder_samples, test_samples
@@ -177,7 +178,7 @@ def test_other_items_are_scored_as_they_are_prepared(bands, tmp_path):
 def test_eval_writes_scores_a_table_and_a_figure(bands, tmp_path, capsys):
     data = entries(tmp_path / "cases", 0, 1, 2)
     out = tmp_path / "scores.json"
-    other = {"type": "vision_ssm.engine.metrics.HD95", "structures": ("low", "high")}
+    other = {"type": "vision_ssm.engine.regions.RegionDice", "regions": {"any": (1, 2)}}
     overrides = [f"test_dataloader.dataset.data={data}", f"test_evaluator={[other]}"]
     assert main(["eval", BANDS, str(bands), "--out", str(out), "--tolerance", "3", "--set", *overrides]) == 0
     shown = capsys.readouterr().out
@@ -189,6 +190,8 @@ def test_eval_writes_scores_a_table_and_a_figure(bands, tmp_path, capsys):
         "mean": None, "interval": [None, None], "cases": 0, "missed": 0, "invented": 0
     }  # fmt: skip
     assert written["nsd_tolerance_mm"] == 3
+    assert written["others"]["region_dice/any"] == pytest.approx(0.75)
+    assert "region_dice/any" in shown
     assert written["extremes"] == {"best": "case0", "median": "case1", "worst": "case2"}
     rows = list(csv.DictReader(out.with_suffix(".csv").read_text().splitlines()))
     assert [row["case"] for row in rows] == ["case0", "case0", "case1", "case1", "case2", "case2"]
@@ -272,3 +275,15 @@ def test_figures_show_volumes_upright():
         grey, colours = (drawn.get_array() for drawn in panel.images)
         assert_allclose(grey, shown.image[..., z].T)
         assert ((colours[..., 3] > 0) == shown.maps["truth"][..., z].T).all()
+
+
+def test_a_classifier_is_scored_by_its_own_metrics(tmp_path, capsys):
+    changes = ["model.net.model_name=test_resnet"]
+    net = build(load_config("image/mnist_vmamba_nano", changes).model).net
+    save_weights(tmp_path / "w.safetensors", net, config="mnist", classes=tuple("0123456789"), channels=1)
+    out = tmp_path / "scores.json"
+    command = ["eval", "image/mnist_vmamba_nano", "--out", out, tmp_path / "w.safetensors", "--set", *changes]
+    assert main([str(argument) for argument in command]) == 0
+    assert 0 <= json.loads(out.read_text())["accuracy/top1"] < 0.5
+    assert "accuracy/top1" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"w.safetensors", "scores.json"}

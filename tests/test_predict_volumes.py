@@ -470,3 +470,30 @@ def test_cases_of_two_channels_are_labelled(tmp_path):
         assert (labels_in(tmp_path / "out" / f"{name}.nii.gz") == truth()).all()
     assert "1 channels where 2 are expected" in batch.failed["e"]
     assert "different grids" in batch.failed["f"]
+
+
+def test_what_the_config_cuts_away_is_background(tmp_path):
+    load, crop = "vision_ssm.data.volumes.LoadVolumed", "monai.transforms.CropForegroundd"
+    prepare = [{"type": load, "classes": 3}, {"type": crop, "keys": "image", "source_key": "image"}]
+    config = load_config(BANDS, [f"prepare={prepare}"])
+    task = build(config.model).eval()
+    with torch.no_grad():
+        task.net.weight.zero_()
+        task.net.bias.copy_(torch.tensor([0.0, 0.0, 9.0]))  # all that it sees is high
+    voxels = np.zeros(SHAPE, np.float32)
+    voxels[3:9, 2:7, 1:4] = 1
+    chances = Predictor(config, task)([save(tmp_path / "in.nii", voxels)])
+    assert (chances.argmax(axis=0) == 2 * voxels).all()
+    assert_allclose(chances.sum(axis=0), np.ones(SHAPE), atol=1e-6)
+
+
+def test_spacing_of_zero_and_missing_files_are_refused(predictor, tmp_path):
+    path = save(tmp_path / "in.nii", image_of(truth()), np.diag([1.0, 2.0, 3.0, 1.0]))
+    content = bytearray(path.read_bytes())
+    content[80:84] = bytes(4)  # pixdim[1]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"in\.nii has a spacing of zero"):
+        predict_file(predictor, path, tmp_path / "out.nii")
+    with pytest.raises(FileNotFoundError, match="no such volume"):
+        predict_file(predictor, tmp_path / "absent.nii", tmp_path / "out.nii")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.nii"]
