@@ -42,7 +42,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:No hash value provided:UserWarning",  # of the schema
     "ignore:`torch.jit:FutureWarning",  # MONAI's export
     "ignore:`torch.jit:DeprecationWarning",
-    "ignore::torch.jit.TracerWarning",
 )
 
 
@@ -124,7 +123,10 @@ def test_verify_net_in_out(files):
 
 
 def test_every_property_of_an_inference_bundle_is_there(made, files):
-    workflow = ConfigWorkflow(workflow_type="infer", logging_file=False, **files, bundle_root=str(made))
+    brain = deep_grey_files()[0]["image"]
+    workflow = ConfigWorkflow(
+        workflow_type="infer", logging_file=False, **files, bundle_root=str(made), dataset_dir=brain
+    )
     workflow.initialize()
     assert not workflow.check_properties()  # the names of those that are missing
 
@@ -153,16 +155,52 @@ def test_run_labels_a_volume_as_predict_does(made, weights, tmp_path):
     assert (labels == expected).mean() > 0.9999  # float32 on either side of a tie
 
 
+def test_cases_of_several_modalities_are_put_together(tmp_path):
+    config = load_config(
+        str(FIXTURES / "bands.py"),
+        ["modalities=('t1', ('t2', 't2w'))", "prepare.0.channels=2", "model.net.in_channels=2"],
+    )
+    net = build(config.model.net)
+    with torch.no_grad():  # the sum of both channels against 1 and 3: background, low, high
+        net.weight.copy_(torch.tensor([[0.0, 0.0], [2.0, 2.0], [4.0, 4.0]]).reshape(3, 2, 1, 1, 1))
+        net.bias.copy_(torch.tensor([0.0, -1.0, -6.0]))
+    save_weights(tmp_path / "w.safetensors", net, config="bands", classes=("low", "high"), channels=2)
+    create_bundle(config, tmp_path / "w.safetensors", tmp_path / "bands", About())
+    metadata = json.loads((tmp_path / "bands/configs/metadata.json").read_text())
+    assert metadata["network_data_format"]["inputs"]["image"]["channel_def"] == {"0": "t1", "1": "t2"}
+
+    (tmp_path / "cases").mkdir()
+    wanted = np.random.default_rng(0).integers(0, 3, (9, 10, 7)).astype(np.float32)
+    affine = np.diag([-2.0, 1.0, 3.0, 1.0])
+    for name, voxels in (("patient_t1", wanted), ("patient_t2w", wanted > 1)):
+        nibabel.save(nibabel.Nifti1Image(voxels.astype(np.float32), affine), tmp_path / "cases" / f"{name}.nii")
+    parser = ConfigParser(json.loads((tmp_path / "bands/configs/inference.json").read_text()))
+    parser.update({"bundle_root": str(tmp_path / "bands"), "dataset_dir": str(tmp_path / "cases")})
+    parser.get_parsed_content("run")
+    found = nibabel.load(tmp_path / "bands/eval/patient_t1_labels.nii.gz")
+    np.testing.assert_array_equal(np.asarray(found.dataobj), wanted)
+    np.testing.assert_allclose(found.affine, affine)
+
+
+def test_a_folder_without_volumes_is_named(files, tmp_path):
+    parser = ConfigParser(json.loads(Path(files["config_file"]).read_text()))
+    parser.update({"dataset_dir": str(tmp_path)})
+    with pytest.raises(RuntimeError) as stop:
+        parser.get_parsed_content("datalist")
+    assert "no case in" in str(stop.value.__cause__)
+
+
 def test_ckpt_export(made, files, tmp_path):
     exported = tmp_path / "model.ts"
     monai_bundle.ckpt_export(
-        net_id="network_def", filepath=str(exported), ckpt_file=str(made / "models/model.pt"), use_trace=True, **files
+        net_id="network_def", filepath=str(exported), ckpt_file=str(made / "models/model.pt"), **files
     )
     net = ConfigParser(json.loads(Path(files["config_file"]).read_text())).get_parsed_content("network_def").eval()
     net.load_state_dict(torch.load(made / "models/model.pt", weights_only=True))
-    image = torch.randn(4, 3, 12, 24)
+    loaded = torch.jit.load(exported)
     with torch.no_grad():
-        assert_close(torch.jit.load(exported)(image), net(image), rtol=1e-4, atol=1e-5)
+        for image in (torch.randn(4, 3, 12, 24), torch.randn(1, 3, 13, 21)):
+            assert_close(loaded(image), net(image), rtol=1e-4, atol=1e-5)
 
 
 def test_the_training_config_travels(made):

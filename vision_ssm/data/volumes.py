@@ -137,9 +137,10 @@ class LoadVolumed(MapTransform):
             if not classes.any():
                 warnings.warn(f"{paths['label']} holds background alone; its patches are drawn anywhere", stacklevel=2)
             loaded["label"] = (classes[None], affine)
+        files = {key: path if isinstance(path, (str, Path)) else path[0] for key, path in paths.items()}
         return dict(data) | {
             key: MetaTensor(
-                torch.from_numpy(voxels), affine=torch.from_numpy(affine), meta={"filename_or_obj": str(paths[key])}
+                torch.from_numpy(voxels), affine=torch.from_numpy(affine), meta={"filename_or_obj": str(files[key])}
             )
             for key, (voxels, affine) in loaded.items()
         }

@@ -31,12 +31,12 @@ PACKAGES = ("vision-ssm", "timm", "nibabel", "pytorch-ignite")  # that a bundle 
 EXPRESSIONS = ("$", "@", "%")  # with which MONAI's references and expressions begin
 COMMANDS = """
 python -m monai.bundle run --config_file configs/inference.json --dataset_dir FOLDER
-python -m monai.bundle run --config_file configs/inference.json --datalist "['a.nii.gz', 'b.nii.gz']"
+python -m monai.bundle run --config_file configs/inference.json --datalist "['one.nii.gz', 'another.nii.gz']"
 python -m monai.bundle verify_metadata --meta_file configs/metadata.json --filepath schema.json
 python -m monai.bundle verify_net_in_out network_def --meta_file configs/metadata.json \\
   --config_file configs/inference.json
-python -m monai.bundle ckpt_export network_def --use_trace True --filepath models/model.ts \\
-  --ckpt_file models/model.pt --meta_file configs/metadata.json --config_file configs/inference.json
+python -m monai.bundle ckpt_export network_def --filepath models/model.ts --ckpt_file models/model.pt \\
+  --meta_file configs/metadata.json --config_file configs/inference.json
 vision-ssm train configs/train.py
 """
 
@@ -112,18 +112,20 @@ def inference_config(config: Config) -> dict[str, Any]:
     if "pretrained" in net:
         net["pretrained"] = False  # models/model.pt replaces those weights
     return {
-        "imports": ["$import glob"],
+        "imports": ["$from pathlib import Path", "$from vision_ssm.engine.cases import find_cases"],
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/data'",
         "output_dir": "$@bundle_root + '/eval'",
-        "datalist": "$sorted(glob.glob(@dataset_dir + '/*.nii') + glob.glob(@dataset_dir + '/*.nii.gz'))",
+        "modalities": translate(entries.get("modalities", ())),
+        "cases": "$[[str(path) for path in case.images()] for case in find_cases(Path(@dataset_dir), @modalities)]",
+        "datalist": "$[images if len(images) > 1 else images[0] for images in @cases]",
         "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
         "network_def": translate(net),
         "network": "$@network_def.to(@device)",
         "preprocessing": {"_target_": "monai.transforms.Compose", "transforms": translate(entries["prepare"])},
         "dataset": {
             "_target_": "monai.data.Dataset",
-            "data": "$[{'image': volume} for volume in @datalist]",
+            "data": "$[{'image': images} for images in @datalist]",
             "transform": "@preprocessing",
         },
         "dataloader": {"_target_": "monai.data.DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
@@ -229,6 +231,7 @@ def describe(config: Config, net: nn.Module, about: About) -> dict[str, Any]:
     if not all(isinstance(side, int) and side > 0 for side in window):
         raise ValueError(f"model.inferer.roi_size must be positive along every axis for a bundle; got {window!r}")
     classes = ("background", *config.classes)
+    names = channel_names(config, channels)
     logits = net(torch.zeros(1, channels, *window))
     if logits.shape != (1, len(classes), *window):
         raise ValueError(
@@ -250,7 +253,7 @@ def describe(config: Config, net: nn.Module, about: About) -> dict[str, Any]:
         "copyright": f"Copyright (c) {about.authors}",
         "data_source": f"see the config {config_name(config)}",
         "data_type": "nifti",
-        "image_classes": f"{channels} channels, prepared by configs/inference.json",
+        "image_classes": ", ".join(names),
         "label_classes": ", ".join(f"{value} {name}" for value, name in enumerate(classes)),
         "pred_classes": f"{len(classes)} channels of logits, background first",
         "eval_metrics": {},
@@ -264,7 +267,7 @@ def describe(config: Config, net: nn.Module, about: About) -> dict[str, Any]:
                     "modality": about.modality,
                     "num_channels": channels,
                     "dtype": "float32",
-                    "channel_def": {str(channel): f"channel {channel}" for channel in range(channels)},
+                    "channel_def": {str(channel): name for channel, name in enumerate(names)},
                 }
             },
             "outputs": {
@@ -278,6 +281,12 @@ def describe(config: Config, net: nn.Module, about: About) -> dict[str, Any]:
             },
         },
     }
+
+
+def channel_names(config: Config, channels: int) -> list[str]:
+    """What the network's channels hold; their numbers where the config's modalities are none of them."""
+    modalities = [name if isinstance(name, str) else name[0] for name in config.get("modalities", ())]
+    return modalities if len(modalities) == channels else [f"channel {number}" for number in range(channels)]
 
 
 def installed(package: str) -> str:
@@ -316,7 +325,8 @@ def readme(name: str, metadata: Mapping[str, Any]) -> str:
 
 {metadata["description"]}
 
-Label maps hold, in one channel: {metadata["label_classes"]}. They lie on the grid of their volume, in `eval`.
+Label maps hold {metadata["label_classes"]}. They lie on the grid of their volume, in `eval`. A case is a NIfTI file, or
+a file for each of its channels: {metadata["image_classes"]}.
 
 Made with MONAI {metadata["monai_version"]}, PyTorch {metadata["pytorch_version"]}, {packages}. In this folder:
 
@@ -324,8 +334,8 @@ Made with MONAI {metadata["monai_version"]}, PyTorch {metadata["pytorch_version"
 {COMMANDS.strip()}
 ```
 
-The exported network is a trace, so it takes windows of the size in the metadata only. ONNX has no operator for the
-scans of state-space models, so `onnx_export` works for networks without them alone. The network was trained by
-vision_ssm and not by MONAI's trainer: `configs/train.py` is its config. LICENSE is that of the code; what applies to
-the weights depends on the data that they were trained on as well. Nothing here is a medical device.
+ONNX has no operator for the scans of state-space models, so `onnx_export` works for networks without them alone. The
+network was trained by vision_ssm and not by MONAI's trainer: `configs/train.py` is its config. LICENSE is that of the
+code; what applies to the weights depends on the data that they were trained on as well. Nothing here is a medical
+device.
 """

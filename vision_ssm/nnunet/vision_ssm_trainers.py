@@ -160,7 +160,7 @@ class nnUNetTrainerSSMUNet(PlannedTrainer):
     @classmethod
     def network_for(cls, plan: Plan, in_channels: int, out_channels: int) -> nn.Module:
         if plan.axes == 3:
-            encoder = {
+            encoder: dict[str, Any] = {
                 "backbone": "ssm3d_small",
                 "dims": plan.features[1:],
                 "depths": (2,) * len(plan.features[1:]),
