@@ -185,6 +185,7 @@ def test_script_save(network, image):
     assert_close(torch.jit.load(buffer)(image), net(image), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiles(network, image):
     torch.compiler.reset()  # what other tests compiled of the same code would make this one compile for any size
     net = network().eval()

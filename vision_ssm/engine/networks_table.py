@@ -48,6 +48,7 @@ def swin_unetr(in_channels: int, out_channels: int) -> nn.Module:
 OURS = (
     Row("`SSMUNet` on `vmamba_tiny`, 2-D", partial(SSMUNet, "vmamba_tiny"), 1, 14),
     Row("`SSMUNet` on `ssm3d_small`, 3-D", partial(SSMUNet, "ssm3d_small", spatial_dims=3), 1, 14),
+    Row("`SSMUNet` on `ssm3d_small`, 3-D", partial(SSMUNet, "ssm3d_small", spatial_dims=3), 1, 14),
     Row(
         "`UMamba`, 2-D, seven stages",
         partial(UMamba, 2, channels=SEVEN_STAGES),
