@@ -152,11 +152,28 @@ def test_editable_install_works_from_elsewhere(checkout: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("folder", MAPPED)
-def test_the_bare_name_of_a_mapped_folder_is_refused(folder: str) -> None:
-    done = python("-c", f"import {folder}", cwd=ROOT)
+def test_the_bare_name_of_a_mapped_folder_gives_nothing(folder: str) -> None:
+    done = python("-c", f"from {folder} import load", cwd=ROOT)
     assert done.returncode != 0
     assert "ImportError" in done.stderr.splitlines()[-1]
     assert f"vision_ssm.{folder}" in done.stderr.splitlines()[-1]
+
+
+def test_looking_for_the_package_kernels_in_a_checkout_finds_it_or_nothing(tmp_path: Path) -> None:
+    """A library that looks for it lives on: it finds what is installed beside the checkout, or a version of 0."""
+    probe = (
+        "import importlib.util, sys, kernels; assert importlib.util.find_spec('kernels')\n"
+        "print(kernels.__version__, 'torch' in sys.modules, hasattr(kernels, '__nothing__'))\n"
+    )
+    assert succeeds(python("-c", probe, cwd=ROOT)).split() == ["0", "False", "False"]
+    assert "No module named 'kernels.routes'" in python("-c", "import kernels.routes", cwd=ROOT).stderr
+    installed = tmp_path / "kernels"
+    installed.mkdir()
+    (installed / "__init__.py").write_text("from .routes import get_kernel\n__version__ = '7.1'\n")
+    (installed / "routes.py").write_text("def get_kernel(): return __name__\n")
+    probe += "from kernels import get_kernel, routes; print(get_kernel(), routes.__file__)"
+    found = succeeds(python("-c", probe, cwd=ROOT, PYTHONPATH=str(tmp_path))).split()
+    assert found == ["7.1", "False", "False", "kernels.routes", str(installed / "routes.py")]
 
 
 def test_a_checkout_that_is_not_installed_says_what_to_do(checkout: Path) -> None:

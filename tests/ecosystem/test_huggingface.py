@@ -2,6 +2,9 @@
 
 import json
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -123,3 +126,19 @@ def test_dilation_is_refused(name):
 def test_weights_that_do_not_exist_are_an_error(name):
     with pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name}"):
         transformers.TimmBackbone.from_pretrained(name)
+
+
+@pytest.mark.slow
+def test_transformers_works_in_a_checkout():
+    """It looks for a package named as our folder is, which stands first on its path there."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from transformers import TimmWrapperModel\n"
+        "from transformers.utils import is_kernels_available\n"
+        "import transformers.integrations.hub_kernels, kernels\n"
+        "print(is_kernels_available(), kernels.__version__)"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", "0"]
