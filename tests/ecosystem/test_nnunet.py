@@ -25,6 +25,7 @@ from vision_ssm.nnunet import vision_ssm_trainers as trainers
 OURS = vision_ssm.nnunet.__path__[0]
 FOLDERS = os.pathsep.join((OURS, str(Path(__file__).parents[1] / "fixtures" / "nnunet")))
 ALL = {name: found for name, found in vars(trainers).items() if name.startswith("nnUNetTrainer") and name[13:]}
+NETWORKS = [name for name in ALL if not name.endswith("Identity")]
 PLANS = {  # patch, halved axes of each stage but the first
     "image": ((24, 20), ((1, 1), (1, 1))),
     "image halved along one axis": ((40, 12), ((1, 1), (1, 0), (1, 0))),
@@ -75,13 +76,13 @@ def scans(network) -> int:
 
 
 def test_every_network_has_its_twin():
-    assert {name for name in ALL if not name.endswith("Identity")} == {
+    assert set(NETWORKS) == {
         "nnUNetTrainerSSMUNet",
         "nnUNetTrainerSegMamba",
         "nnUNetTrainerUMamba",
         "nnUNetTrainerUMambaEncoder",
     }
-    assert {f"{name}Identity" for name in ALL if not name.endswith("Identity")} < set(ALL)
+    assert {f"{name}Identity" for name in NETWORKS} < set(ALL)
 
 
 def test_nnunet_finds_them_all(monkeypatch):
@@ -93,7 +94,7 @@ def test_nnunet_finds_them_all(monkeypatch):
     assert recursive_find_trainer_class_by_name("nnUNetTrainerTestSSMUNet").backbone == "test_vmamba"
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_levels_are_those_of_the_targets(name, configuration):
     """While training and while validating; the finest is as large as the patch."""
     network = build(ALL[name], configuration)
@@ -110,7 +111,7 @@ def test_levels_are_those_of_the_targets(name, configuration):
         assert outputs[0].shape[2:] == tuple(patch)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_inference_takes_the_weights_of_a_training(name, configuration):
     trained = build(ALL[name], configuration).eval()
     network = build(ALL[name], configuration, deep_supervision=False).eval()
@@ -122,10 +123,14 @@ def test_inference_takes_the_weights_of_a_training(name, configuration):
     assert logits.min() < 0  # no softmax, no sigmoid
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_twin_is_without_scans(name, configuration):
-    network = build(ALL[name], configuration)
-    assert (scans(network) == 0) == name.endswith("Identity")
+@pytest.mark.parametrize("plan", ["image", "volume"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_twin_is_without_scans(name, plan):
+    configuration = ConfigurationManager(planned(*PLANS[plan]))
+    network, twin = (build(ALL[found], configuration) for found in (name, f"{name}Identity"))
+    assert scans(network) > 0 == scans(twin)
+    image = torch.randn(1, 2, *configuration.patch_size)
+    assert [level.shape for level in twin(image)] == [level.shape for level in network(image)]
 
 
 @pytest.mark.parametrize("name", ["nnUNetTrainerUMamba", "nnUNetTrainerSSMUNet"])

@@ -234,6 +234,7 @@ class nnUNetTrainerSegMamba(PlannedTrainer):
             out_channels,
             dims=widths[:stages],
             depths=(2,) * stages,
+            hidden=2 * widths[stages - 1],
             deep_supervision=True,
             **cls.options,
         )
