@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -108,9 +109,9 @@ def order_table(routes: Routes, grid: tuple[int, ...], steps: int, device: torch
 
 def pairs(routes: Routes, grid: tuple[int, ...]) -> list[tuple[int, int]] | None:
     """Each route with its reverse, by index, if all have one and each pair visits the whole grid; None otherwise."""
-    paths: dict[tuple[object, ...], dict[bool, int]] = {}
+    paths: dict[Route, dict[bool, int]] = {}
     for k, route in enumerate(routes):
-        paths.setdefault((route.axes, route.stride, route.offset), {})[route.reverse] = k
+        paths.setdefault(replace(route, reverse=False), {})[route.reverse] = k
     if 2 * len(paths) != len(routes) or any(len(path) != 2 for path in paths.values()):
         return None
     return [(path[False], path[True]) for path in paths.values()] if _whole(routes[0], grid) else None

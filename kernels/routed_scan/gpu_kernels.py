@@ -91,6 +91,12 @@ def with_states(mask, o_n, STATE, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def state_columns(rows, o_n, BLOCK_N: tl.constexpr):
+    """Places of B or C in rows [M, 1]: [M, N], or [M] for a single state."""
+    return tl.reshape(rows, [rows.shape[0]]) + o_n if BLOCK_N == 1 else rows + o_n[None, :]
+
+
+@triton.jit
 def runs_of(table, order, row, o_m, BATCH, CELLS, FIELDS: tl.constexpr):
     """For runs ``o_m`` of a route, counted over the batch: the sample's first cell, first position (see ``cell_at``),
     number of steps, place among the sample's runs; then of the route: runs in a sample, most steps in a run, what a
@@ -119,8 +125,12 @@ def runs_of(table, order, row, o_m, BATCH, CELLS, FIELDS: tl.constexpr):
 
 @triton.jit
 def cell_at(order, origin, at, mask):
-    """The cells of positions ``at``: those numbers themselves, or what the table of cells has there."""
-    return at if order is None else origin + tl.load(order + at, mask, 0)
+    """The cells [M, 1] of positions ``at``: those numbers themselves, or what the table of cells has there.
+
+    With an axis for channels or columns from the start: Triton 3.6 fails to give one to what it has loaded.
+    """
+    at = at[:, None]
+    return at if order is None else origin[:, None] + tl.load(order + at, mask[:, None], 0)
 
 
 @triton.jit
@@ -155,9 +165,9 @@ def read(x, low_rank, cell, m_t, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMN
     columns, column = COLUMNS // ALIGN * ALIGN, column // ALIGN * ALIGN  # as they are; the compiler sees the factor
     rows = cell * columns + column
     m_r = o_r < columns - column
-    o_b, m_b = tail(rows + RANK, BLOCK_N) + o_n, with_states(m_t, o_n, STATE, BLOCK_N)
-    u = tl.load(x + cell[:, None] * CHANNELS + o_d[None, :], m_t[:, None] & (o_d < CHANNELS)[None, :], 0.0)
-    low = tl.load(low_rank + rows[:, None] + o_r[None, :], m_t[:, None] & m_r[None, :], 0.0)
+    o_b, m_b = state_columns(rows + RANK, o_n, BLOCK_N), with_states(m_t, o_n, STATE, BLOCK_N)
+    u = tl.load(x + cell * CHANNELS + o_d[None, :], m_t[:, None] & (o_d < CHANNELS)[None, :], 0.0)
+    low = tl.load(low_rank + rows + o_r[None, :], m_t[:, None] & m_r[None, :], 0.0)
     low = tl.where((o_r < RANK)[None, :], low, 0.0).to(low.dtype)
     return u, low, tl.load(low_rank + o_b, m_b, 0.0), tl.load(low_rank + o_b + STATE, m_b, 0.0)
 
@@ -171,7 +181,7 @@ def read_back(x, low_rank, dy, kept, cell, m_t, column, o_d, o_n, CHANNELS, STAT
         x, low_rank, cell, m_t, column, o_d, o_n, CHANNELS, STATE, RANK, COLUMNS, ALIGN, BLOCK_R, BLOCK_N
     )
     mask = m_t[:, None] & (o_d < CHANNELS)[None, :]
-    return u, low, b, c, tl.load(dy + cell[:, None] * CHANNELS + o_d[None, :], mask, 0.0), tl.load(kept)
+    return u, low, b, c, tl.load(dy + cell * CHANNELS + o_d[None, :], mask, 0.0), tl.load(kept)
 
 
 @triton.jit
@@ -218,7 +228,7 @@ def summary_kernel(
         b, c = tl.expand_dims(b_next.to(ACC) * _LN2, 1), tl.expand_dims(c_next.to(ACC), 1)
         if dy is not None:
             mask = m_t[:, None] & m_d[None, :]
-            dout = tl.load(dy + cell[:, None] * CHANNELS + o_d[None, :], mask, 0.0).to(ACC)
+            dout = tl.load(dy + cell * CHANNELS + o_d[None, :], mask, 0.0).to(ACC)
         at += step
         m_next = t + 1 < steps
         cell = cell_at(order, origin, at, m_next)
@@ -323,7 +333,7 @@ def apply_kernel(
         for t in range(length):
             m_t, u, low = m_next, u_next.to(ACC), low_next
             b, c = tl.expand_dims(b_next.to(ACC) * _LN2, 1), tl.expand_dims(c_next.to(ACC), 1)
-            offset = cell[:, None] * CHANNELS + o_d[None, :]
+            offset = cell * CHANNELS + o_d[None, :]
             old = tl.load(partial + offset, m_t[:, None] & m_add[None, :], 0.0).to(ACC)
             at += step
             m_next = t + 1 < steps
@@ -424,7 +434,7 @@ def gradient_kernel(
             t = length - 1 - i_back
             m_t, u, low, dout, h = m_next, u_next.to(ACC), low_next, dout_next.to(ACC), h_next.to(ACC)
             b, c = tl.expand_dims(b_next.to(ACC) * _LN2, 1), tl.expand_dims(c_next.to(ACC), 1)
-            offset, rows = cell[:, None] * CHANNELS + o_d[None, :], cell * COLUMNS + column
+            offset, rows = cell * CHANNELS + o_d[None, :], cell * COLUMNS + column
             old = tl.load(partial + offset, m_t[:, None] & m_add[None, :], 0.0).to(ACC)
             at -= step
             m_next = (t - 1 < steps) & (steps * 0 < t)
@@ -455,14 +465,14 @@ def gradient_kernel(
             else:
                 tl.store(partial + offset, out, mask)
             dlow = product(draw, w_back, ACC)
-            o_low = rows[:, None] + o_r[None, :]
+            o_low = rows + o_r[None, :]
             if BLOCK_N == 1:
                 dlow = tl.where(
                     o_r[None, :] == RANK, dB[:, None], tl.where(o_r[None, :] == RANK + 1, dC[:, None], dlow)
                 )
                 tl.store(dlow_rank + o_low, dlow, m_t[:, None] & (o_r < RANK + 2)[None, :])
             else:
-                o_b, m_b = tail(rows + RANK, BLOCK_N) + o_n, with_states(m_t, o_n, STATE, BLOCK_N)
+                o_b, m_b = state_columns(rows + RANK, o_n, BLOCK_N), with_states(m_t, o_n, STATE, BLOCK_N)
                 tl.store(dlow_rank + o_b, dB, m_b)
                 tl.store(dlow_rank + o_b + STATE, dC, m_b)
                 dlow += tl.load(dlow_rank + o_low, m_t[:, None] & m_more[None, :], 0.0)

@@ -7,12 +7,13 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from vision_ssm.kernels import ATROUS, AXIAL_3D, BIDIRECTIONAL, CROSS, ROW, Route, atrous, routed_scan
+from vision_ssm.kernels import ATROUS, AXIAL_3D, BIDIRECTIONAL, CROSS, HILBERT, ROW, Route, atrous, routed_scan
 
 pytest.importorskip("triton")
 from vision_ssm.kernels.routed_scan import gpu_blocks
@@ -56,6 +57,8 @@ def test_pairs_of_routes():
     assert gpu_blocks.pairs(BIDIRECTIONAL[::-1], (3, 3)) == [(1, 0)]
     assert gpu_blocks.pairs(ATROUS, (4, 6)) is None
     assert gpu_blocks.pairs((ROW,), (4, 6)) is None
+    assert gpu_blocks.pairs(HILBERT, (4, 6)) is not None
+    assert gpu_blocks.pairs((ROW, replace(ROW_BACK, hilbert=True)), (4, 6)) is None
     assert gpu_blocks.pairs((ROW, ROW), (4, 6)) is None
 
 
@@ -141,6 +144,7 @@ ON_GPU = {
     "direct": Case(2, (12, 20), 64, 1, 6, ATROUS),
     "direct, shared columns": Case(2, (12, 21), 64, 1, 6, atrous(3), shared=True),
     "not all cells": Case(2, (12, 20), 64, 1, 6, (Route((0, 1), stride=2), Route((1, 0), stride=2))),
+    "curve": Case(2, (12, 20), 64, 1, 6, HILBERT),
     "few channels": Case(2, (24, 20), 8, 1, 2),
     "many channels": Case(2, (24, 20), 768, 1, 48),
     "16 states": Case(2, (14, 20), 32, 16, 6, BIDIRECTIONAL),
