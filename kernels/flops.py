@@ -32,10 +32,12 @@ def routed_scan_flops(
     A: Sequence[int],
     D: Sequence[int],
     routes: Sequence[int],
+    grid: Sequence[int],
     **options: Any,
 ) -> int:
     """The selective scan of every route, and the projection of Δ: two for each of its r columns."""
-    batch, *grid, channels = x
+    batch, *axes, channels = x
+    grid = grid or axes
     steps = sum(route.length(grid) for route in decode(routes, len(grid)))
     return batch * steps * channels * (2 * dt_weight[2] + _RECURRENCE * A[2] + 1)
 

@@ -1,5 +1,6 @@
 """``routed_scan``: the selective scan of a map along several routes, fused into one torch.library operator."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from . import cpu
 
 __all__ = ["routed_scan"]
 
-_INPUTS = "Tensor x, Tensor low_rank, Tensor dt_weight, Tensor dt_bias, Tensor A, Tensor D, int[] routes"
+# A map may come as a list of cells (b, cells, c) with its grid beside it: torch.compile takes every tensor of four axes
+# for channels-first, and would lay a channels-last map out anew where a convolution is near. No grid: x has its axes.
+_INPUTS = "Tensor x, Tensor low_rank, Tensor dt_weight, Tensor dt_bias, Tensor A, Tensor D, int[] routes, SymInt[] grid"
 
 
 def routed_scan(
@@ -44,12 +47,35 @@ def routed_scan(
     Raises:
         ValueError: shapes or devices do not fit, or the routes do not fit the grid.
     """
-    check_routes(routes, x.shape[1:-1])
-    return torch.ops.vision_ssm.routed_scan(x, low_rank, dt_weight, dt_bias, A, D, encode(routes))
+    if x.dim() < 3:
+        raise ValueError(f"routed_scan: x must have shape (batch, *grid, channels); got {tuple(x.shape)}")
+    grid = x.shape[1:-1]
+    check_routes(routes, grid)
+    code = encode(routes)
+    if torch.jit.is_tracing():  # whose sizes are tensors, which no list of sizes takes
+        return torch.ops.vision_ssm.routed_scan(x, low_rank, dt_weight, dt_bias, A, D, code, [])
+    if low_rank.shape[1:-1] != grid:
+        raise ValueError(
+            "routed_scan: low_rank must have the grid of x, shape "
+            f"{(*x.shape[:-1], 'routes*(rank+2*state)')}; got {tuple(low_rank.shape)}"
+        )
+    flat = x.flatten(1, -2), low_rank.flatten(1, -2)
+    return torch.ops.vision_ssm.routed_scan(*flat, dt_weight, dt_bias, A, D, code, grid).view(x.shape)
+
+
+def _grid(x: Tensor, grid: Sequence[int]) -> tuple[int, ...]:
+    return tuple(grid) or tuple(x.shape[1:-1])
 
 
 def _check(
-    x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Sequence[int]
+    x: Tensor,
+    low_rank: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    routes: Sequence[int],
+    grid: Sequence[int],
 ) -> None:
     op = "routed_scan"
     tensors = {"x": x, "low_rank": low_rank, "dt_weight": dt_weight, "dt_bias": dt_bias, "A": A, "D": D}
@@ -57,18 +83,17 @@ def _check(
     for name, tensor, axes in (("dt_weight", dt_weight, "routes, channels, rank"), ("A", A, "routes, channels, state")):
         if tensor.dim() != 3:
             raise ValueError(f"{op}: {name} must have shape ({axes}); got {tuple(tensor.shape)}")
-    if x.dim() < 3:
+    if x.dim() < 3 or (grid and x.dim() != 3):
         raise ValueError(f"{op}: x must have shape (batch, *grid, channels); got {tuple(x.shape)}")
-    batch, *grid, channels = x.shape
-    decoded = decode(routes, len(grid))
-    count, rank, state = len(decoded), dt_weight.shape[-1], A.shape[-1]
-    cells = {f"grid{axis}": size for axis, size in enumerate(grid)}
+    decoded = decode(routes, len(_grid(x, grid)))
+    sizes = [math.prod(grid)] if grid else x.shape[1:-1]
+    cells = {"batch": x.shape[0], **{f"grid{axis}": size for axis, size in enumerate(sizes)}}
+    count, rank, state, channels = len(decoded), dt_weight.shape[-1], A.shape[-1], x.shape[-1]
+    check_shape(op, "x", x, {**cells, "channels": channels})
     if low_rank.shape[-1] == rank + 2 * state and disjoint(decoded):
-        check_shape(op, "low_rank", low_rank, {"batch": batch, **cells, "rank+2*state": rank + 2 * state})
+        check_shape(op, "low_rank", low_rank, {**cells, "rank+2*state": rank + 2 * state})
     else:
-        check_shape(
-            op, "low_rank", low_rank, {"batch": batch, **cells, "routes*(rank+2*state)": count * (rank + 2 * state)}
-        )
+        check_shape(op, "low_rank", low_rank, {**cells, "routes*(rank+2*state)": count * (rank + 2 * state)})
     check_shape(op, "dt_weight", dt_weight, {"routes": count, "channels": channels, "rank": rank})
     check_shape(op, "A", A, {"routes": count, "channels": channels, "state": state})
     for name, tensor in (("dt_bias", dt_bias), ("D", D)):
@@ -80,9 +105,9 @@ def _check(
 )
 def _forward(*inputs: Any) -> Tensor:
     _check(*inputs)
-    x, low_rank, *weights, routes = inputs
-    grid = x.shape[1:-1]
-    index = index_table(decode(routes, len(grid)), tuple(grid), x.device)
+    x, low_rank, *weights, routes, grid = inputs
+    grid = _grid(x, grid)
+    index = index_table(decode(routes, len(grid)), grid, x.device)
     flat = [x.flatten(1, -2), low_rank.flatten(1, -2), *weights, index]
     with torch.autocast("cpu", enabled=False):
         return cpu.forward(*flat).view(x.shape)
@@ -91,9 +116,11 @@ def _forward(*inputs: Any) -> Tensor:
 @_forward.register_kernel("cuda")
 def _(*inputs: Any) -> Tensor:
     _check(*inputs)
-    *tensors, routes = inputs
-    with torch.cuda.device(tensors[0].device):
-        return gpu_module("routed_scan").forward(*tensors, decode(routes, tensors[0].dim() - 2))
+    x, *tensors, routes, grid = inputs
+    maps = x.unflatten(1, grid) if grid else x
+    with torch.cuda.device(x.device):
+        y: Tensor = gpu_module("routed_scan").forward(maps, *tensors, decode(routes, maps.dim() - 2))
+    return y.view(x.shape)
 
 
 @_forward.register_fake
@@ -109,9 +136,9 @@ def _(*inputs: Any) -> Tensor:
     schema=f"(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(*inputs: Any) -> tuple[Tensor, ...]:
-    dy, x, low_rank, *weights, routes = inputs
-    grid = x.shape[1:-1]
-    index = index_table(decode(routes, len(grid)), tuple(grid), x.device)
+    dy, x, low_rank, *weights, routes, grid = inputs
+    grid = _grid(x, grid)
+    index = index_table(decode(routes, len(grid)), grid, x.device)
     flat = [*(m.flatten(1, -2) for m in (dy, x, low_rank)), *weights, index]
     with torch.autocast("cpu", enabled=False):
         grads = cpu.backward(*flat)
@@ -120,25 +147,27 @@ def _backward(*inputs: Any) -> tuple[Tensor, ...]:
 
 @_backward.register_kernel("cuda")
 def _(*inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, routes = inputs
-    with torch.cuda.device(tensors[0].device):
-        return gpu_module("routed_scan").backward(*tensors, decode(routes, tensors[0].dim() - 2))
+    dy, x, *tensors, routes, grid = inputs
+    maps = x.unflatten(1, grid) if grid else x
+    with torch.cuda.device(x.device):
+        dx, *grads = gpu_module("routed_scan").backward(dy, maps, *tensors, decode(routes, maps.dim() - 2))
+    return dx.view(x.shape), *grads
 
 
 @_backward.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
-    _, *tensors, _ = inputs
+    _, *tensors, _, _ = inputs
     return tuple(torch.empty_like(m, memory_format=torch.contiguous_format) for m in tensors)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.routes = inputs
+    *tensors, ctx.routes, ctx.grid = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors  # read once: checkpointing recomputes them at the first reading and forbids a second
-    return *torch.ops.vision_ssm.routed_scan_backward(dy, *tensors, ctx.routes), None
+    return *torch.ops.vision_ssm.routed_scan_backward(dy, *tensors, ctx.routes, ctx.grid), None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

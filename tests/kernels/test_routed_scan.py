@@ -284,10 +284,13 @@ def test_strided_inputs_and_gradients():
 @pytest.mark.parametrize("name", ["prime_grid", "atrous", "volume", "curve_volume"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck itself reads it
 def test_opcheck(name):
-    inputs = make_inputs(CASES[name], torch.float32, "cpu")
-    code = encode(CASES[name].routes)
-    tensors = [m.requires_grad_() for m in inputs.values()]
-    torch.library.opcheck(torch.ops.vision_ssm.routed_scan.default, (*tensors, code))
+    case = CASES[name]
+    x, low_rank, *weights = make_inputs(case, torch.float32, "cpu").values()
+    tensors = [m.requires_grad_() for m in (x.flatten(1, -2), low_rank.flatten(1, -2), *weights)]
+    code = encode(case.routes)
+    torch.library.opcheck(torch.ops.vision_ssm.routed_scan.default, (*tensors, code, list(case.grid)))
+    tensors[:2] = [m.detach().view(case.batch, *case.grid, -1).requires_grad_() for m in tensors[:2]]
+    torch.library.opcheck(torch.ops.vision_ssm.routed_scan.default, (*tensors, code, []))
 
 
 @pytest.mark.parametrize("routes", [CROSS, HILBERT], ids=["cross", "hilbert"])
@@ -310,7 +313,7 @@ def test_one_compilation_serves_every_size(routes):
     [
         ({"x": torch.zeros(2, 5, 7, 6, dtype=torch.int32)}, "x must be real floating point"),
         ({"low_rank": torch.zeros(2, 5, 7, 31)}, r"routes\*\(rank\+2\*state\)=32"),
-        ({"low_rank": torch.zeros(2, 7, 5, 32)}, "grid0=5, grid1=7"),
+        ({"low_rank": torch.zeros(2, 7, 5, 32)}, r"shape \(2, 5, 7, .*got \(2, 7, 5, 32\)"),
         ({"dt_weight": torch.zeros(4, 6)}, "dt_weight must have shape"),
         ({"A": torch.zeros(4, 5, 3)}, "A must have shape .*channels=6"),
         ({"D": torch.zeros(3, 6)}, "D must have shape .*routes=4"),

@@ -30,7 +30,7 @@ __all__ = ["EfficientVMamba"]
 
 
 class ChannelAttention(nn.Module):
-    """x times a weight for each channel, found from the mean of norm(x) over the map; (b, h, w, c) -> (b, h, w, c)."""
+    """x times a weight for each channel, found from the mean of norm(x) over the cells; (b, l, c) -> (b, l, c)."""
 
     def __init__(self, dim: int, reduction: int = 8) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class ChannelAttention(nn.Module):
         self.expand = nn.Linear(dim // reduction, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.expand(self.act(self.reduce(self.norm(x).mean((1, 2), keepdim=True))))
+        weight = self.expand(self.act(self.reduce(self.norm(x).mean(1, keepdim=True))))
         return x * weight.sigmoid()
 
 
@@ -61,9 +61,12 @@ class EfficientBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
+        grid = x.shape[1:-1]
+        x = x.flatten(1, -2)  # as in the mixer, and for its reason
         normed = self.norm(x)
-        local = self.conv(normed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x + self.drop_path(self.attention(self.mixer(normed)) + self.attention(local))
+        mixed = self.mixer(normed.unflatten(1, grid)).flatten(1, -2)
+        local = self.conv(normed.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+        return (x + self.drop_path(self.attention(mixed) + self.attention(local))).unflatten(1, grid)
 
 
 def conv_block(dim: int, *, drop_path: float) -> nn.Module:

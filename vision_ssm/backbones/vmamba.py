@@ -57,10 +57,12 @@ class VSSBlock(nn.Module):
         self.mlp = Mlp(dim, int(mlp_ratio * dim)) if mlp_ratio else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        grid = x.shape[1:-1]
+        x = x.flatten(1, -2)  # as in the mixer, and for its reason
+        x = x + self.drop_path(self.mixer(self.norm1(x).unflatten(1, grid)).flatten(1, -2))
         if self.mlp is not None and self.norm2 is not None:
             x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+        return x.unflatten(1, grid)
 
 
 class VMamba(Hierarchy):

@@ -100,7 +100,7 @@ class RoutedScan(nn.Module):
         A = -torch.exp(self.A_log)
         if torch.jit.is_scripting():  # a script knows integers, no routes
             low_rank = self.x_proj(x)
-            y = torch.ops.vision_ssm.routed_scan(x, low_rank, self.dt_weight, self.dt_bias, A, self.D, self.code)
+            y = torch.ops.vision_ssm.routed_scan(x, low_rank, self.dt_weight, self.dt_bias, A, self.D, self.code, [])
         else:
             low_rank = self.project(x)
             y = routed_scan(x, low_rank, self.dt_weight, self.dt_bias, A, self.D, self.routes)
@@ -112,7 +112,7 @@ class RoutedScan(nn.Module):
         One product for all routes; where no cell is visited twice, each cell's for the route that visits it alone.
         """
         if not self.phases:
-            return self.x_proj(x)
+            return self.x_proj(x.flatten(1, -2)).unflatten(1, x.shape[1:-1])
         split = [size for cells in x.shape[1:-1] for size in (cells // self.multiple, self.multiple)]
         axes = len(split) // 2
         first = [*range(2, 2 * axes + 1, 2), 0, *range(1, 2 * axes, 2), 2 * axes + 1]  # the phases of each axis

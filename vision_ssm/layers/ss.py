@@ -69,13 +69,16 @@ class SS(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.in_proj(x)
+        # Cells are a list wherever their places do not matter: inductor takes every result of four axes for a map with
+        # its channels in front, and where a convolution is near lays it out anew.
+        grid = x.shape[1:-1]
+        x = self.in_proj(x.flatten(1, -2))
         z: Tensor | None = None
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        x = F.silu(self.conv(x.movedim(-1, 1)).movedim(1, -1))
-        y = self.norm(self.scan(x))
-        return self.out_proj(y if z is None else y * F.silu(z))
+        x = F.silu(self.conv(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2))
+        y = self.norm(self.scan(x.unflatten(1, grid)).flatten(1, -2))
+        return self.out_proj(y if z is None else y * F.silu(z)).unflatten(1, grid)
 
 
 class SS2D(SS):
