@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from torch.testing import assert_close
 import vision_ssm
 from vision_ssm import model_zoo
 from vision_ssm.backbones import Vim
-from vision_ssm.layers import MIXERS
+from vision_ssm.kernels import COLUMN, ROW, atrous
+from vision_ssm.layers import MIXERS, RoutedScan
 from vision_ssm.model_zoo import converters
 
 SMALLEST = vision_ssm.list_models("test_*")
@@ -37,8 +39,10 @@ def test_any_input_size(name, size):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_another_mixer_is_one_argument(mixer):
-    model = timm.create_model("test_vmamba", mixer=mixer, num_classes=3)
+@pytest.mark.parametrize("name", ["test_vmamba", "test_vim"])
+def test_another_mixer_is_one_argument(name, mixer):
+    """On the tokens of a plain model too, which have one axis."""
+    model = timm.create_model(name, mixer=mixer, num_classes=3)
     model(torch.randn(2, 3, 40, 33)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -48,6 +52,22 @@ def test_atrous_stride(stride):
     model = create("test_efficient_vmamba", stride=stride, num_classes=2)
     assert model.stages[0].blocks[0].mixer.scan.A_log.shape[0] == stride**2
     assert model(torch.randn(1, 3, 44, 52)).isfinite().all()
+
+
+@pytest.mark.parametrize("stride", [2, 3])
+@pytest.mark.parametrize("grid", [(7, 8), (1, 4), (6, 6)], ids=str)
+def test_an_atrous_scan_is_a_scan_of_each_sub_map(stride, grid):
+    """Padded at the end; sub-maps that begin on an even row are scanned by rows, the others by columns."""
+    scan = RoutedScan(6, state=2, rank=2, routes=atrous(stride)).double()
+    x = torch.randn(2, *grid, 6, dtype=torch.float64)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -grid[1] % stride, 0, -grid[0] % stride))
+    wanted = torch.full_like(padded, torch.nan)
+    for k, (column, row) in enumerate(product(range(stride), repeat=2)):
+        part = RoutedScan(6, state=2, rank=2, routes=(COLUMN if row % 2 else ROW,)).double()
+        weights = {key: value.unflatten(0, (stride**2, -1))[k] for key, value in scan.state_dict().items()}
+        part.load_state_dict({key: value.view_as(part.get_parameter(key)) for key, value in weights.items()})
+        wanted[:, row::stride, column::stride] = part(padded[:, row::stride, column::stride])
+    assert_close(scan(x), wanted[:, : grid[0], : grid[1]])
 
 
 @pytest.mark.parametrize("name", ["test_hydra", "test_vim"])
@@ -95,6 +115,11 @@ def test_wrong_arguments_say_what_is_accepted():
         timm.create_model("test_vmamba", depths=(1, 1))
     with pytest.raises(ValueError, match="unknown mixer 'scan'"):
         timm.create_model("test_vmamba", mixer="scan")
+    with pytest.raises(ValueError, match="a patch of 16 x 16 pixels; got 8"):
+        timm.create_model("test_vim", img_size=8)
+    for name in SMALLEST:
+        with pytest.raises(ValueError, match=r"drop_path_rate must lie between 0 and 1; got 1\.5"):
+            timm.create_model(name, drop_path_rate=1.5)
     with pytest.raises(RuntimeError, match="Unknown model"):
         timm.create_model("vmamba_huge")
 

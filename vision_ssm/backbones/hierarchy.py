@@ -59,7 +59,13 @@ class PatchMerging2d(nn.Module):
 
 
 def drop_path_rates(depths: Sequence[int], rate: float) -> Iterator[float]:
-    """Stochastic depth of every block in order: from 0 in the first linearly to ``rate`` in the last."""
+    """Stochastic depth of every block in order: from 0 in the first linearly to ``rate`` in the last.
+
+    Raises:
+        ValueError: ``rate`` is no probability.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"drop_path_rate must lie between 0 and 1; got {rate}")
     return iter(torch.linspace(0, rate, sum(depths), device="cpu").tolist())
 
 

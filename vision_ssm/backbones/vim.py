@@ -39,7 +39,7 @@ class VimBlock(nn.Module):
 
     def __init__(self, dim: int, *, state: int, mixer: str | Mixer, drop_path: float) -> None:
         super().__init__()
-        make_mixer = BothDirections if mixer == "bidirectional" else find_mixer(mixer)
+        make_mixer = BothDirections if mixer == "bidirectional" else find_mixer(mixer, spatial_dims=1)
         self.norm = nn.RMSNorm(dim, eps=1e-5)
         self.mixer = Mamba(dim, mixer=make_mixer, state=state)
         self.drop_path = DropPath(drop_path)
@@ -79,15 +79,15 @@ class Vim(Plain):
         depth: blocks.
         dim: channels.
         state: size n of the state.
-        mixer: what mixes the tokens; "bidirectional", or "identity" for the same network without the SSM.
+        mixer: what mixes the tokens: "bidirectional" with a convolution for each direction, as released; another name
+            in ``vision_ssm.layers.MIXERS``, on a sequence; or "identity" for the same network without the SSM.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth, from 0 in the first block linearly to this in the last.
 
     Shapes: (b, in_chans, H, W) -> (b, num_classes), any H, W >= patch_size; what fills no patch is dropped.
 
     Raises:
-        ValueError: the pooling or the mixer is unknown, or the stride below 1. A mixer for maps, such as "cross",
-            raises it when an image comes: tokens have no rows and columns.
+        ValueError: the pooling or the mixer is unknown, the stride below 1, or ``img_size`` smaller than a patch.
     """
 
     pools = ("token", "avg", "")
@@ -112,6 +112,9 @@ class Vim(Plain):
         step = patch_size if stride is None else stride
         if step < 1:
             raise ValueError(f"stride must be at least 1; got {step}")
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if min(height, width) < patch_size:
+            raise ValueError(f"img_size must hold a patch of {patch_size} x {patch_size} pixels; got {img_size}")
         rates = drop_path_rates((depth,), drop_path_rate)
         blocks = [VimBlock(dim, state=state, mixer=mixer, drop_path=next(rates)) for _ in range(depth)]
         super().__init__(
@@ -125,7 +128,6 @@ class Vim(Plain):
             stride=step,
             drop_rate=drop_rate,
         )
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         grid = (height - patch_size) // step + 1, (width - patch_size) // step + 1
         self.positions = Positions(grid)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
