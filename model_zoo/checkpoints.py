@@ -31,6 +31,9 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     for module, _, name in (path.rpartition(".") for path in _SETTINGS)
 ]
 
+# timm reads the file of ``checkpoint_path`` itself, before our code sees it. It lets argparse's settings through alone.
+torch.serialization.add_safe_globals(_STAND_INS[1:])
+
 # What reading raises on bytes that are no checkpoint, or half of one: torch's unpickler lets through what it meets.
 _UNREADABLE = (
     SafetensorError,
@@ -148,7 +151,7 @@ def read(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(_STAND_INS):
+        with torch.serialization.safe_globals(_STAND_INS[:1]):
             source = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {_reason(error)}") from error

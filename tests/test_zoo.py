@@ -272,8 +272,30 @@ def test_settings_beside_the_weights_are_accepted_and_averages_named(
     assert main(["zoo", "convert", str(source), str(target)]) == 0
     assert "left_out       model_ema" in capsys.readouterr().out
     assert_close(safetensors.torch.load_file(target), model_zoo.convert(weights, "test_vmamba"), rtol=0, atol=0)
+    overlay = {"file": str(source), "num_classes": 5}
+    for options in ({"checkpoint_path": str(source)}, {"pretrained": True, "pretrained_cfg_overlay": overlay}):
+        model = timm.create_model("test_vmamba", num_classes=5, **options)
+        assert not any(parameter.any() for parameter in model.parameters())  # timm takes the average
+    settings = saved(tmp_path / "settings.pth", content["args"])
     with pytest.raises(Exception, match="Weights only load failed"):  # the allowance ended with the reading
-        torch.load(source, weights_only=True)
+        torch.load(settings, weights_only=True)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "module.module."])
+@pytest.mark.parametrize("name", SMALLEST)
+def test_prefixes_of_data_parallel_training_are_taken_off(name: str, prefix: str, tmp_path: Path) -> None:
+    """Both stand before the keys of EfficientVMamba's release."""
+    theirs, ours = layouts(name)
+    content = {"state_dict": {prefix + key: value for key, value in theirs.items()}}
+    path = saved(tmp_path / "official.ckpt", content)
+    for model in (
+        timm.create_model(name, num_classes=5, checkpoint_path=str(path)),
+        model_zoo.load(timm.create_model(name, num_classes=5), path),
+    ):
+        assert_close(model.state_dict(), ours, rtol=0, atol=0)
+    content["state_dict"]["stray"] = torch.zeros(1)  # not before all keys, then
+    with pytest.raises(ValueError, match=r"unexpected: .*stray"):
+        model_zoo.load(timm.create_model(name, num_classes=5), content)
 
 
 def test_a_card_gives_licence_and_hash(card: Card, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -11,10 +11,14 @@ Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 def unwrapped(source: Mapping[str, Any]) -> Mapping[str, Any]:
     """The state dict in a checkpoint: the one under "model", else under "state_dict", else the checkpoint itself.
 
-    A moving average that stands beside them is not taken.
+    A moving average that stands beside them is not taken. "module." before all keys, which data-parallel training
+    leaves there once or twice, is taken off.
     """
     named = (source.get(name) for name in ("model", "state_dict"))
-    return next((found for found in named if isinstance(found, Mapping)), source)
+    state = next((found for found in named if isinstance(found, Mapping)), source)
+    while state and all(isinstance(key, str) and key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return state
 
 
 def rename_keys(source: Mapping[str, Value], renames: Sequence[Rename]) -> dict[str, Value]:
