@@ -253,7 +253,7 @@ def test_autocast_training_follows_float32(dtype, device):
     assert_close(half.mean(), full.mean(), rtol=0.01, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:The CUDA Graph is empty")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_runs_as_a_cuda_graph():
     """What is kept between calls, such as the table of routes, must not lie in the graph's memory."""
