@@ -24,6 +24,8 @@ prepare = [
     dict(type=NormalizeIntensityd, keys="image"),
 ]
 
+model["net"] = dict(spatial_dims=2, in_channels=1, out_channels=len(classes) + 1)
+
 train_dataloader = dict(
     batch_size=16,
     dataset=dict(

@@ -29,6 +29,7 @@ prepare = [
     dict(type=Orientationd, keys=("image", "label"), axcodes="RAS", labels=None, allow_missing_keys=True),
     dict(type=NormalizeIntensityd, keys="image", nonzero=True, channel_wise=True),
 ]
+model["net"] = dict(spatial_dims=3, in_channels=4, out_channels=len(classes) + 1)
 model["loss"] = dict(type=DeepSupervisionLoss, loss=dict(type=RegionLoss, regions=regions))
 model["inferer"].update(roi_size=(128, 128, 128), sw_batch_size=2)
 

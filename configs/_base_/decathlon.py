@@ -25,6 +25,7 @@ prepare = [
     dict(type=Spacingd, keys="label", pixdim=(1.0, 1.0, 1.0), mode="nearest", allow_missing_keys=True),
     dict(type=NormalizeIntensityd, keys="image", channel_wise=True),
 ]
+model["net"] = dict(spatial_dims=3, in_channels=1, out_channels=len(classes) + 1)
 model["inferer"].update(roi_size=(32, 64, 32))
 
 train_dataloader = dict(

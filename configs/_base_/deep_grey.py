@@ -32,6 +32,7 @@ prepare = [
 
 model = dict(
     type=Segmentation,
+    net=dict(spatial_dims=2, in_channels=5, out_channels=len(classes) + 1),
     loss=dict(type=DiceCELoss, to_onehot_y=True, softmax=True, batch=True, lambda_ce=0.2),
     # Windows are halves, as in training: a window across the midline would show what was never seen.
     inferer=dict(type=SliceInferer, roi_size=(48, 96), overlap=0.0, sw_batch_size=16, spatial_dim=2),

@@ -21,6 +21,7 @@ prepare = [
     dict(type=Orientationd, keys=("image", "label"), axcodes="RAS", labels=None, allow_missing_keys=True),
     dict(type=NormalizeIntensityd, keys="image"),
 ]
+model["net"] = dict(spatial_dims=3, in_channels=1, out_channels=len(classes) + 1)
 # Windows are halves along x, as in training: a window across the midline would show what was never seen.
 model["inferer"].update(roi_size=(48, 64, 64), overlap=(0.0, 0.5, 0.5))
 

@@ -15,6 +15,7 @@ with read_base():
 
 data_root = "data/Synapse"
 classes = ("aorta", "gallbladder", "left_kidney", "right_kidney", "liver", "pancreas", "spleen", "stomach")
+model["net"] = dict(spatial_dims=2, in_channels=1, out_channels=len(classes) + 1)
 
 train_dataloader = dict(
     batch_size=16,

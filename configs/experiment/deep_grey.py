@@ -12,7 +12,7 @@ notes = (
     "One T1 image of one person (Colin27), six structures labelled by hand in the AAL atlas. The left half trains, the "
     "mirrored right half of the same brain is tested: the halves resemble each other far more than two people do."
 )
-model.update(net=dict(entrants["ssm_unet"], out_channels=7))
+model["net"].update(entrants["ssm_unet"])
 # 64 along every axis is what all networks take, SwinUNETR included; the halves are 48 wide and padded.
 model["inferer"].update(roi_size=(64, 64, 64), overlap=0.5)
 train_dataloader["dataset"].update(size=(64, 64, 64))

@@ -10,4 +10,4 @@ from vision_ssm.segmentation import SwinUMamba
 with read_base():
     from .._base_.acdc import *
 
-model.update(net=dict(type=SwinUMamba, spatial_dims=2, in_channels=1, out_channels=4, deep_supervision=True))
+model["net"].update(type=SwinUMamba, deep_supervision=True)

@@ -10,4 +10,4 @@ from vision_ssm.segmentation import UMamba
 with read_base():
     from .._base_.acdc import *
 
-model.update(net=dict(type=UMamba, spatial_dims=2, in_channels=1, out_channels=4, deep_supervision=True))
+model["net"].update(type=UMamba, deep_supervision=True)

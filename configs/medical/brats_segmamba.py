@@ -10,4 +10,4 @@ from vision_ssm.segmentation import SegMamba
 with read_base():
     from .._base_.brats import *
 
-model.update(net=dict(type=SegMamba, spatial_dims=3, in_channels=4, out_channels=4, deep_supervision=True))
+model["net"].update(type=SegMamba, deep_supervision=True)

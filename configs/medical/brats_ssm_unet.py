@@ -10,6 +10,4 @@ from vision_ssm.segmentation import SSMUNet
 with read_base():
     from .._base_.brats import *
 
-model.update(
-    net=dict(type=SSMUNet, backbone="ssm3d_small", spatial_dims=3, in_channels=4, out_channels=4, deep_supervision=True)
-)
+model["net"].update(type=SSMUNet, backbone="ssm3d_small", deep_supervision=True)

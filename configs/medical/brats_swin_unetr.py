@@ -6,4 +6,4 @@ from monai.networks.nets import SwinUNETR
 with read_base():
     from .._base_.brats import *
 
-model.update(net=dict(type=SwinUNETR, spatial_dims=3, in_channels=4, out_channels=4, feature_size=48))
+model["net"].update(type=SwinUNETR, feature_size=48)

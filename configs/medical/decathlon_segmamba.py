@@ -10,4 +10,4 @@ from vision_ssm.segmentation import SegMamba
 with read_base():
     from .._base_.decathlon import *
 
-model.update(net=dict(type=SegMamba, spatial_dims=3, in_channels=1, out_channels=3, deep_supervision=True))
+model["net"].update(type=SegMamba, deep_supervision=True)

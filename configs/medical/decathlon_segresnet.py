@@ -6,4 +6,4 @@ from monai.networks.nets import SegResNet
 with read_base():
     from .._base_.decathlon import *
 
-model.update(net=dict(type=SegResNet, spatial_dims=3, in_channels=1, out_channels=3, init_filters=32))
+model["net"].update(type=SegResNet, init_filters=32)

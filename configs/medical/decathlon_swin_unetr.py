@@ -6,4 +6,4 @@ from monai.networks.nets import SwinUNETR
 with read_base():
     from .._base_.decathlon import *
 
-model.update(net=dict(type=SwinUNETR, spatial_dims=3, in_channels=1, out_channels=3, feature_size=48))
+model["net"].update(type=SwinUNETR, feature_size=48)

@@ -10,4 +10,4 @@ from vision_ssm.segmentation import UMamba
 with read_base():
     from .._base_.decathlon import *
 
-model.update(net=dict(type=UMamba, spatial_dims=3, in_channels=1, out_channels=3, deep_supervision=True))
+model["net"].update(type=UMamba, deep_supervision=True)

@@ -6,15 +6,10 @@ from monai.networks.nets import DynUNet
 with read_base():
     from .._base_.deep_grey_3d import *
 
-model.update(
-    net=dict(
-        type=DynUNet,
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=7,
-        kernel_size=(3,) * 5,
-        strides=(1, 2, 2, 2, 2),
-        upsample_kernel_size=(2,) * 4,
-        filters=(16, 32, 64, 128, 160),
-    )
+model["net"].update(
+    type=DynUNet,
+    kernel_size=(3,) * 5,
+    strides=(1, 2, 2, 2, 2),
+    upsample_kernel_size=(2,) * 4,
+    filters=(16, 32, 64, 128, 160),
 )

@@ -10,14 +10,4 @@ from vision_ssm.segmentation import SegMamba
 with read_base():
     from .._base_.deep_grey_3d import *
 
-model.update(
-    net=dict(
-        type=SegMamba,
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=7,
-        dims=(24, 48, 96, 192),
-        hidden=256,
-        deep_supervision=True,
-    )
-)
+model["net"].update(type=SegMamba, dims=(24, 48, 96, 192), hidden=256, deep_supervision=True)

@@ -6,4 +6,4 @@ from monai.networks.nets import SegResNet
 with read_base():
     from .._base_.deep_grey_3d import *
 
-model.update(net=dict(type=SegResNet, spatial_dims=3, in_channels=1, out_channels=7, init_filters=16))
+model["net"].update(type=SegResNet, init_filters=16)

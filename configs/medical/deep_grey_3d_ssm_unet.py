@@ -10,6 +10,4 @@ from vision_ssm.segmentation import SSMUNet
 with read_base():
     from .._base_.deep_grey_3d import *
 
-model.update(
-    net=dict(type=SSMUNet, backbone="ssm3d_nano", spatial_dims=3, in_channels=1, out_channels=7, deep_supervision=True)
-)
+model["net"].update(type=SSMUNet, backbone="ssm3d_nano", deep_supervision=True)

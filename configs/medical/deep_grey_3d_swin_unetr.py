@@ -6,6 +6,6 @@ from monai.networks.nets import SwinUNETR
 with read_base():
     from .._base_.deep_grey_3d import *
 
-model.update(net=dict(type=SwinUNETR, spatial_dims=3, in_channels=1, out_channels=7, feature_size=24))
+model["net"].update(type=SwinUNETR, feature_size=24)
 model["inferer"].update(roi_size=(64, 64, 64))
 train_dataloader["dataset"].update(size=(64, 64, 64))

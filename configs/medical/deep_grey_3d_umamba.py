@@ -10,13 +10,4 @@ from vision_ssm.segmentation import UMamba
 with read_base():
     from .._base_.deep_grey_3d import *
 
-model.update(
-    net=dict(
-        type=UMamba,
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=7,
-        channels=(16, 32, 64, 128, 160),
-        deep_supervision=True,
-    )
-)
+model["net"].update(type=UMamba, channels=(16, 32, 64, 128, 160), deep_supervision=True)

@@ -6,7 +6,5 @@ from monai.networks.nets import BasicUNet
 with read_base():
     from .._base_.deep_grey import *
 
-model.update(
-    net=dict(type=BasicUNet, spatial_dims=2, in_channels=5, out_channels=7, features=(16, 24, 48, 96, 144, 16)),
-)
+model["net"].update(type=BasicUNet, features=(16, 24, 48, 96, 144, 16))
 param_scheduler[0].update(eta_max=6e-3)

@@ -10,4 +10,4 @@ from vision_ssm.segmentation import UltraLightVMUNet
 with read_base():
     from .._base_.deep_grey import *
 
-model.update(net=dict(type=UltraLightVMUNet, spatial_dims=2, in_channels=5, out_channels=7))
+model["net"].update(type=UltraLightVMUNet)

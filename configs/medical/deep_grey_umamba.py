@@ -10,4 +10,4 @@ from vision_ssm.segmentation import UMamba
 with read_base():
     from .._base_.deep_grey import *
 
-model.update(net=dict(type=UMamba, spatial_dims=2, in_channels=5, out_channels=7, channels=(16, 32, 64, 128, 160)))
+model["net"].update(type=UMamba, channels=(16, 32, 64, 128, 160))

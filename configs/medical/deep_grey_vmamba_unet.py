@@ -10,4 +10,4 @@ from vision_ssm.segmentation import SSMUNet
 with read_base():
     from .._base_.deep_grey import *
 
-model.update(net=dict(type=SSMUNet, backbone="vmamba_nano", in_channels=5, out_channels=7, out_indices=(0, 1, 2)))
+model["net"].update(type=SSMUNet, backbone="vmamba_nano", out_indices=(0, 1, 2))

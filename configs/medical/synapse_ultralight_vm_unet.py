@@ -10,4 +10,4 @@ from vision_ssm.segmentation import UltraLightVMUNet
 with read_base():
     from .._base_.synapse import *
 
-model.update(net=dict(type=UltraLightVMUNet, spatial_dims=2, in_channels=1, out_channels=9))
+model["net"].update(type=UltraLightVMUNet)

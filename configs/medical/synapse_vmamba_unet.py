@@ -10,4 +10,4 @@ from vision_ssm.segmentation import SSMUNet
 with read_base():
     from .._base_.synapse import *
 
-model.update(net=dict(type=SSMUNet, backbone="vmamba_tiny", in_channels=1, out_channels=9, deep_supervision=True))
+model["net"].update(type=SSMUNet, backbone="vmamba_tiny", deep_supervision=True)
