@@ -15,10 +15,10 @@ __all__ = ["render"]
 SEVEN_STAGES = (32, 64, 128, 256, 512, 512, 512)
 DYNUNET = partial(DynUNet, 3, kernel_size=[3] * 6, strides=[1, *[2] * 5], upsample_kernel_size=[2] * 5)
 
-
 CAPTION = (
     'The identity twin is `mixer="identity"`: the same network without its scans, and in UMamba, SegMamba and '
-    "UltraLightVMUNet without the convolutions that feed them. Published sizes are those of the paper named."
+    "UltraLightVMUNet without the convolutions that feed them. Published sizes are those of the paper named; "
+    "those with a star were not checked against its text."
 )
 
 
@@ -48,20 +48,19 @@ def swin_unetr(in_channels: int, out_channels: int) -> nn.Module:
 OURS = (
     Row("`SSMUNet` on `vmamba_tiny`, 2-D", partial(SSMUNet, "vmamba_tiny"), 1, 14),
     Row("`SSMUNet` on `ssm3d_small`, 3-D", partial(SSMUNet, "ssm3d_small", spatial_dims=3), 1, 14),
-    Row("`SSMUNet` on `ssm3d_small`, 3-D", partial(SSMUNet, "ssm3d_small", spatial_dims=3), 1, 14),
     Row(
         "`UMamba`, 2-D, seven stages",
         partial(UMamba, 2, channels=SEVEN_STAGES),
         1,
         14,
-        "63 (arXiv:2402.03302)",
+        "63* (arXiv:2402.03302)",
     ),
     Row(
         '`UMamba`, `form="encoder"`, 2-D, seven stages',
         partial(UMamba, 2, channels=SEVEN_STAGES, form="encoder"),
         1,
         14,
-        "67 (arXiv:2402.03302)",
+        "67* (arXiv:2402.03302)",
     ),
     Row("`UMamba`, 3-D", partial(UMamba, 3), 1, 14),
     Row('`UMamba`, `form="encoder"`, 3-D', partial(UMamba, 3, form="encoder"), 1, 14),
@@ -72,8 +71,8 @@ OURS = (
         4,
         4,
     ),
-    Row("`VMUNet`, 2-D", partial(VMUNet, 2), 3, 1, "27.43 (by later papers)"),
-    Row("`SwinUMamba`, 2-D", partial(SwinUMamba, 2), 3, 7, "60 (arXiv:2402.03302)"),
+    Row("`VMUNet`, 2-D", partial(VMUNet, 2), 3, 1, "27.43* (by later papers)"),
+    Row("`SwinUMamba`, 2-D", partial(SwinUMamba, 2), 3, 7, "60* (arXiv:2402.03302)"),
     Row("`UltraLightVMUNet`, 2-D", partial(UltraLightVMUNet, 2), 3, 1, "0.049 (arXiv:2403.20035)"),
 )
 MONAI = (
