@@ -1,0 +1,351 @@
+"""State-space layers whose state is a feature map: ConvS5.
+
+Smith et al., "Convolutional State Space Models for Long-Range Spatiotemporal Modeling", NeurIPS 2023,
+arXiv:2310.19694. Differences from the release: complex numbers are pairs of real ones, so that mixed precision and
+compilation work, and exp(λΔ) - 1 is taken without cancellation.
+"""
+
+# Shapes: t frames, b clips, h rows, w columns, c channels, p complex states: half of the real size; the other half of
+# the spectrum is its conjugate and is not stored. A complex tensor ends in a pair, as torch.view_as_real makes it.
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import SqueezeExcite
+from torch import Tensor, nn
+
+EPS = 1e-6  # of every norm
+LARGEST_REAL = -1e-4  # of an eigenvalue, where they are clipped
+
+GELU = partial(nn.GELU, approximate="tanh")
+
+
+def hippo_legs(state: int, blocks: int = 1) -> tuple[Tensor, Tensor]:
+    """Spectrum of the normal part of HiPPO-LegS, block-diagonal (arXiv:2208.04933, section 4.3 and appendix B.1).
+
+    Args:
+        state: real size s of the state.
+        blocks: equal blocks on the diagonal.
+
+    Returns:
+        Eigenvalues with negative imaginary part, (s / 2,), ascending in each block, and their orthonormal eigenvectors,
+        (s, s / 2); complex128. The conjugates are the other half.
+
+    Raises:
+        ValueError: ``state`` is no multiple of twice ``blocks``.
+    """
+    if blocks < 1 or state < 1 or state % (2 * blocks):
+        raise ValueError(f"state must be a positive multiple of 2 * blocks; got state={state}, blocks={blocks}")
+    size = state // blocks
+    root = torch.sqrt(torch.arange(size, dtype=torch.float64, device="cpu") + 0.5)
+    above = torch.outer(root, root).triu(1)
+    skew = above - above.T  # the normal part is skew - 1 / 2
+    frequency, vectors = torch.linalg.eigh(-1j * skew)
+    kept = size // 2
+    values = torch.complex(torch.full_like(frequency[:kept], -0.5), frequency[:kept])
+    return values.repeat(blocks), torch.block_diag(*[vectors[:, :kept]] * blocks)
+
+
+def linear_scan(a: Tensor, b: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """h_t = a h_{t-1} + b_t over the first axis, on pairs; ``reset`` (t, b) empties a clip's state before a frame."""
+    found = []
+    for t, inward in enumerate(b):
+        if reset is not None:
+            state = state.masked_fill(reset[t].view(-1, 1, 1, 1, 1), 0)
+        state = _times(a, state) + inward
+        found.append(state.to(b.dtype))
+    return torch.stack(found), state
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """Product of complex tensors, as pairs."""
+    (a_re, a_im), (b_re, b_im) = a.unbind(-1), b.unbind(-1)
+    return torch.stack([a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re], dim=-1)
+
+
+def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    """Convolution that keeps the size of maps (n, h, w, c), zero outside; ``kernel`` as conv2d takes it."""
+    padding = kernel.shape[-1] // 2
+    return F.conv2d(x.movedim(-1, 1), kernel.to(x.dtype), padding=padding).movedim(1, -1)
+
+
+def check_clip(u: Tensor, dim: int) -> torch.Size:
+    """Raises ValueError unless ``u`` is (t, b, h, w, dim) with no empty axis; returns (t, b, h, w)."""
+    if u.ndim != 5 or u.shape[-1] != dim or 0 in u.shape:
+        raise ValueError(f"clips must be (frames, clips, height, width, {dim}) and not empty; got {tuple(u.shape)}")
+    return u.shape[:-1]
+
+
+def check_state(state: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless ``state`` has the shape of this layer's states."""
+    if tuple(state.shape) != shape:
+        raise ValueError(
+            f"the state must have shape {shape} (clips, height, width, complex states, 2); got {tuple(state.shape)}. "
+            "Pass a state that this layer returned for maps of this size"
+        )
+
+
+class ConvSSM(nn.Module):
+    """x_t = Λ̄ x_{t-1} + B̄ * u_t and y_t = 2 Re(C * x_t), with convolutions B̄ and C (section 3).
+
+    Args:
+        dim: channels c in and out.
+        state: real size 2 p of the state at each place.
+        blocks: blocks of the initial spectrum.
+        kernels: sizes of the kernels B and C, odd.
+        clip_eigenvalues: keep real parts at -1e-4 or below, which keeps the recurrence stable.
+
+    Shapes: u (t, b, h, w, c) and state (b, h, w, p, 2) -> y (t, b, h, w, c) and the last state.
+
+    Raises:
+        ValueError: an even kernel, or ``state`` no multiple of twice ``blocks``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state: int,
+        blocks: int = 1,
+        kernels: tuple[int, int] = (3, 3),
+        clip_eigenvalues: bool = True,
+    ) -> None:
+        super().__init__()
+        if any(size % 2 == 0 for size in kernels):
+            raise ValueError(f"kernels must be odd, so that maps keep their size; got {kernels}")
+        self.dim, self.blocks, self.clip_eigenvalues = dim, blocks, clip_eigenvalues
+        k_in, k_out = kernels
+        self.lambda_re = nn.Parameter(torch.empty(state // 2))
+        self.lambda_im = nn.Parameter(torch.empty(state // 2))
+        self.log_step = nn.Parameter(torch.empty(state // 2))
+        self.B = nn.Parameter(torch.empty(state // 2, dim, k_in, k_in, 2))
+        self.C = nn.Parameter(torch.empty(dim, state // 2, k_out, k_out, 2))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As released: HiPPO-LegS, He-normal B and C in its eigenbasis, Δ log-uniform in [0.001, 0.1]."""
+        values, vectors = hippo_legs(2 * self.log_step.numel(), self.blocks)
+        inward = torch.empty(vectors.shape[0], *self.B.shape[1:-1], dtype=torch.float64, device="cpu")
+        outward = torch.empty(self.dim, vectors.shape[0], *self.C.shape[2:-1], dtype=torch.float64, device="cpu")
+        for kernel in (inward, outward):
+            nn.init.kaiming_normal_(kernel, nonlinearity="relu")
+        with torch.no_grad():
+            self.lambda_re.copy_(values.real)
+            self.lambda_im.copy_(values.imag)
+            self.log_step.uniform_(math.log(1e-3), math.log(1e-1))
+            self.B.copy_(torch.view_as_real(torch.einsum("sp, sckl -> pckl", vectors.conj(), inward.cdouble())))
+            self.C.copy_(torch.view_as_real(torch.einsum("sp, cskl -> cpkl", vectors, outward.cdouble())))
+
+    def discretise(self) -> tuple[Tensor, Tensor]:
+        """Λ̄ = exp(λΔ), (p, 2), and the kernel of B̄ = (Λ̄ - 1) / λ B, (2 p, c, k, k); at least float32."""
+        wide = torch.promote_types(self.log_step.dtype, torch.float32)
+        re, im, step = (m.to(wide) for m in (self.lambda_re, self.lambda_im, self.log_step))
+        if self.clip_eigenvalues:
+            re = re.clamp(max=LARGEST_REAL)
+        step = step.exp()
+        size, angle = torch.exp(re * step), im * step
+        decay = torch.stack([size * angle.cos(), size * angle.sin()], dim=-1)
+        # exp(a + ib) - 1 without subtracting near-equal numbers: Δ is small
+        moved_re = torch.expm1(re * step) * angle.cos() - 2 * torch.sin(angle / 2) ** 2
+        moved = torch.stack([moved_re, decay[:, 1]], dim=-1)
+        inverse = torch.stack([re, -im], dim=-1) / (re**2 + im**2)[:, None]
+        kernel = _times(_times(moved, inverse)[:, None, None, None], self.B.to(wide))
+        return decay, kernel.movedim(-1, 1).flatten(0, 1)
+
+    def forward(self, u: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        frames, clips, *grid = check_clip(u, self.dim)
+        decay, kernel = self.discretise()
+        if state is None:
+            state = decay.new_zeros(self.state_shape(clips, grid))
+        check_state(state, self.state_shape(clips, grid))
+        if reset is not None and (reset.shape != (frames, clips) or reset.dtype != torch.bool):
+            raise ValueError(
+                f"reset must be boolean of shape {(frames, clips)}; got {reset.dtype} {tuple(reset.shape)}"
+            )
+        inward = _convolve(u.flatten(0, 1), kernel).view(frames, *self.state_shape(clips, grid))
+        x, last = linear_scan(decay, inward, state, reset)
+        return self.read(x.flatten(0, 1)).view(u.shape), last
+
+    def read(self, x: Tensor) -> Tensor:
+        """y = 2 Re(C * x) of states (n, h, w, p, 2): (n, h, w, c)."""
+        re, im = self.C.unbind(-1)
+        return _convolve(x.flatten(-2), torch.stack([2 * re, -2 * im], dim=2).flatten(1, 2))
+
+    def state_shape(self, clips: int, grid: Sequence[int]) -> tuple[int, ...]:
+        """Sizes of a state: (b, h, w, p, 2)."""
+        return clips, *grid, self.log_step.numel(), 2
+
+
+class ResNetOutput(nn.Module):
+    """act(y + conv(act(norm(conv(act(norm(y))))))), in all published models; the input u has no path of its own.
+
+    Args:
+        dim: channels c.
+        groups: groups of the norms.
+        kernel: size of both convolutions, odd.
+        activation: makes the activations.
+
+    Shapes: y, u (n, c, h, w) -> (n, c, h, w).
+    """
+
+    def __init__(
+        self, dim: int, *, groups: int = 32, kernel: int = 3, activation: Callable[[], nn.Module] = GELU
+    ) -> None:
+        super().__init__()
+        self.act = activation()
+        self.norm1 = nn.GroupNorm(groups, dim, eps=EPS)
+        self.conv1 = nn.Conv2d(dim, dim, kernel, padding=kernel // 2)
+        self.norm2 = nn.GroupNorm(groups, dim, eps=EPS)
+        self.conv2 = nn.Conv2d(dim, dim, kernel, padding=kernel // 2)
+
+    def forward(self, y: Tensor, u: Tensor) -> Tensor:
+        inner = self.conv1(self.act(self.norm1(y)))
+        return self.act(y + self.conv2(self.act(self.norm2(inner))))
+
+
+class StandardOutput(nn.Module):
+    """act(norm(y + conv(u))), then squeeze and excitation where asked for.
+
+    Args:
+        dim: channels c.
+        groups: groups of the norm.
+        kernel: size of the convolution D, odd.
+        activation: makes the activation.
+        squeeze: weigh channels by their means over the map.
+
+    Shapes: y, u (n, c, h, w) -> (n, c, h, w).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        groups: int = 32,
+        kernel: int = 3,
+        activation: Callable[[], nn.Module] = GELU,
+        squeeze: bool = False,
+    ) -> None:
+        super().__init__()
+        self.D = nn.Conv2d(dim, dim, kernel, padding=kernel // 2)
+        self.norm = nn.GroupNorm(groups, dim, eps=EPS)
+        self.act = activation()
+        self.squeeze = SqueezeExcite(dim, rd_channels=max(dim // 16, 4)) if squeeze else nn.Identity()
+
+    def forward(self, y: Tensor, u: Tensor) -> Tensor:
+        return self.squeeze(self.act(self.norm(y + self.D(u))))
+
+
+class HalfGLUOutput(nn.Module):
+    """g sigmoid(linear(g)) with g = GELU(norm(y)): y, u (n, c, h, w) -> (n, c, h, w)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.act = GELU()
+        self.gate = nn.Linear(dim, dim)
+
+    def forward(self, y: Tensor, u: Tensor) -> Tensor:
+        y = self.act(self.norm(y.movedim(1, -1)))
+        return (y * torch.sigmoid(self.gate(y))).movedim(-1, 1)
+
+
+class ConvS5(nn.Module):
+    """The convolutional state-space model and its non-linear output block.
+
+    Args:
+        dim: channels c in and out.
+        state: real size 2 p of the state at each place.
+        blocks: blocks of the initial spectrum.
+        kernels: sizes of the kernels B and C, odd.
+        clip_eigenvalues: keep real parts at -1e-4 or below.
+        output: makes the output block, as output(dim): :class:`ResNetOutput`, or ``partial`` of one of the others.
+
+    Shapes: u (t, b, h, w, c), state (b, h, w, p, 2) or none for zeros, and reset (t, b), true where a new clip begins
+    in the row -> (t, b, h, w, c) and the last state. Frames may come in pieces of any length, with the state between.
+
+    Raises:
+        ValueError: sizes that do not fit; said by name.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state: int,
+        blocks: int = 1,
+        kernels: tuple[int, int] = (3, 3),
+        clip_eigenvalues: bool = True,
+        output: Callable[[int], nn.Module] = ResNetOutput,
+    ) -> None:
+        super().__init__()
+        self.ssm = ConvSSM(dim, state=state, blocks=blocks, kernels=kernels, clip_eigenvalues=clip_eigenvalues)
+        self.output = output(dim)
+
+    def forward(self, u: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, state = self.ssm(u, state, reset)
+        maps = self.output(*(m.flatten(0, 1).movedim(-1, 1) for m in (y, u)))
+        return maps.movedim(1, -1).view(u.shape), state
+
+    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One frame: x (b, h, w, c) and state (b, h, w, p, 2) -> (b, h, w, c) and the next state."""
+        y, state = self(x[None], state)
+        return y[0], state
+
+
+class ConvS5Layer(nn.Module):
+    """ConvS5 with a skip connection and a norm: norm(u + mixer(u)), or u + mixer(norm(u)) with ``prenorm``.
+
+    Args:
+        mixer: the ConvS5.
+        prenorm: normalise what enters, not what leaves.
+
+    Shapes: as :class:`ConvS5`.
+    """
+
+    def __init__(self, mixer: ConvS5, *, prenorm: bool = False) -> None:
+        super().__init__()
+        self.mixer, self.prenorm = mixer, prenorm
+        self.norm = nn.LayerNorm(mixer.ssm.dim, eps=EPS)
+
+    def forward(self, u: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, state = self.mixer(self.norm(u) if self.prenorm else u, state, reset)
+        return (u + y if self.prenorm else self.norm(u + y)), state
+
+
+State = tuple[Tensor, ...]
+"""States of all layers of a stack."""
+
+
+class ConvS5Stack(nn.Module):
+    """Layers in series, each with a state of its own.
+
+    Args:
+        layers: the layers.
+
+    Shapes: u (t, b, h, w, c), states (b, h, w, p, 2) of all layers or none for zeros, and reset (t, b) ->
+    (t, b, h, w, c) and the last states.
+
+    Raises:
+        ValueError: as many states as layers are needed.
+    """
+
+    def __init__(self, layers: Sequence[ConvS5Layer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, u: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(f"{len(self.layers)} layers need as many states; got {len(state)}. Is it another model's?")
+        last = []
+        for layer, before in zip(self.layers, state or [None] * len(self.layers), strict=True):
+            u, after = layer(u, before, reset)
+            last.append(after)
+        return u, tuple(last)
+
+    def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """One frame: x (b, h, w, c) and states -> (b, h, w, c) and the next states."""
+        y, state = self(x[None], state)
+        return y[0], state
