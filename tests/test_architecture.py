@@ -1,4 +1,4 @@
-"""Imports point down: tools -> engine -> segmentation, data -> backbones -> layers -> kernels -> torch."""
+"""Imports point down: tools -> engine -> segmentation, video, data -> backbones -> layers -> kernels -> torch."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TOP = ("configs", "kernels", "model_zoo", "tools")
-INNER = ("backbones", "data", "engine", "layers", "nnunet", "segmentation")
+INNER = ("backbones", "data", "engine", "layers", "nnunet", "segmentation", "video")
 
 # What a folder may import of this package beside itself and the version.
 ALLOWED = {
@@ -17,11 +17,12 @@ ALLOWED = {
     "model_zoo": set(),
     "backbones": {"kernels", "layers", "model_zoo"},
     "segmentation": {"kernels", "layers", "backbones"},
+    "video": {"kernels", "layers"},
     "nnunet": {"segmentation"},
     "data": {"kernels", "layers", "backbones"},
-    "engine": {"kernels", "layers", "backbones", "segmentation", "data", "model_zoo", "configs"},
-    "configs": {"layers", "backbones", "segmentation", "data", "engine"},
-    "tools": {"engine", "segmentation", "data", "backbones", "layers", "kernels", "model_zoo", "configs"},
+    "engine": {"kernels", "layers", "backbones", "segmentation", "video", "data", "model_zoo", "configs"},
+    "configs": {"layers", "backbones", "segmentation", "video", "data", "engine"},
+    "tools": {"engine", "segmentation", "video", "data", "backbones", "layers", "kernels", "model_zoo", "configs"},
 }
 # Libraries that belong to some folders only.
 OWNERS = {
@@ -33,7 +34,7 @@ OWNERS = {
     "nibabel": {"data", "engine"},
     "nnunetv2": {"nnunet"},
     "rich": {"engine", "tools"},
-    "timm": {"layers", "model_zoo", "backbones", "segmentation", "data", "engine", "configs", "tools"},
+    "timm": {"layers", "model_zoo", "backbones", "segmentation", "video", "data", "engine", "configs", "tools"},
 }
 
 

@@ -136,8 +136,8 @@ class ConvSSM(nn.Module):
             self.lambda_re.copy_(values.real)
             self.lambda_im.copy_(values.imag)
             self.log_step.uniform_(math.log(1e-3), math.log(1e-1))
-            self.B.copy_(torch.view_as_real(torch.einsum("sp, sckl -> pckl", vectors.conj(), inward.cdouble())))
-            self.C.copy_(torch.view_as_real(torch.einsum("sp, cskl -> cpkl", vectors, outward.cdouble())))
+            self.B.copy_(torch.view_as_real(torch.einsum("sp, sckl -> pckl", vectors.conj(), inward.to(vectors.dtype))))
+            self.C.copy_(torch.view_as_real(torch.einsum("sp, cskl -> cpkl", vectors, outward.to(vectors.dtype))))
 
     def discretise(self) -> tuple[Tensor, Tensor]:
         """Λ̄ = exp(λΔ), (p, 2), and the kernel of B̄ = (Λ̄ - 1) / λ B, (2 p, c, k, k); at least float32."""

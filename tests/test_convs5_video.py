@@ -1,0 +1,214 @@
+"""The next-frame model against a golden one; generation against whole clips, in pieces and for long."""
+
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from vision_ssm.video import MODELS, ConvS5Video, pixel_loss
+
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+UNIT = {"inner.0": "GroupNorm_0", "inner.2": "Conv_0", "inner.3": "GroupNorm_1", "inner.5": "Conv_1"}
+PARTS = {
+    "join": "action_conv.Conv_0",
+    "encoder.0": "encoder.Conv_0",
+    **{f"encoder.1.{ours}": f"encoder.ResNetBlock_0.{theirs}" for ours, theirs in UNIT.items()},
+    **{f"encoder.3.{ours}": f"encoder.ResNetBlock_1.{theirs}" for ours, theirs in UNIT.items()},
+    "decoder.0": "decoder.Conv_0",
+    **{f"decoder.1.{ours}": f"decoder.ResNetBlock_0.{theirs}" for ours, theirs in UNIT.items()},
+    **{f"decoder.3.{ours}": f"decoder.ResNetBlock_1.{theirs}" for ours, theirs in UNIT.items()},
+    "decoder.4": "decoder.LayerNorm_0",
+    "decoder.5": "decoder.Dense_0",
+}
+LAYER = {
+    "mixer.output.norm1": "seq.C_D_conv.GroupNorm_0",
+    "mixer.output.conv1": "seq.C_D_conv.Conv_0",
+    "mixer.output.norm2": "seq.C_D_conv.GroupNorm_1",
+    "mixer.output.conv2": "seq.C_D_conv.Conv_1",
+    "norm": "norm",
+}
+SSM = {"lambda_re": "Lambda_re", "lambda_im": "Lambda_im", "log_step": "log_step", "B": "B", "C": "C"}
+
+
+def names(layers):
+    """Golden names of our parameters."""
+    found = {"action.weight": "action_embeds.embedding"}
+    parts = dict(PARTS)
+    for i in range(layers):
+        layer = f"sequence_model.layers_{i}"
+        parts |= {f"stack.layers.{i}.{ours}": f"{layer}.{theirs}" for ours, theirs in LAYER.items()}
+        found |= {f"stack.layers.{i}.mixer.ssm.{ours}": f"{layer}.seq.{theirs}" for ours, theirs in SSM.items()}
+    for ours, theirs in parts.items():
+        scale = "scale" if "norm" in theirs.rpartition(".")[2].lower() else "kernel"
+        bias = theirs.replace("Conv_1", "AddBias_0") if ".inner." in ours else theirs
+        found |= {f"{ours}.weight": f"{theirs}.{scale}", f"{ours}.bias": f"{bias}.bias"}
+    return found
+
+
+def ours(name, m, like):
+    """A golden weight in our layout."""
+    if name.endswith(".C"):
+        m = m.permute(3, 2, 0, 1, 4)
+    elif name.endswith("kernel") and m.ndim == 4:
+        m = m.permute(3, 2, 0, 1)
+    elif name.endswith("kernel"):
+        m = m.T
+    return m.reshape(like.shape).double()
+
+
+def test_golden_model(golden_file):
+    facts = json.loads(golden_file("ops/convs5/video_small.json").read_text())
+    arrays = {k: torch.from_numpy(m) for k, m in np.load(golden_file("ops/convs5/video_small.npz")).items()}
+    model = ConvS5Video(
+        facts["channels"],
+        dim=facts["features"],
+        state=facts["state_real"],
+        layers=facts["layers"],
+        encoder=facts["depths"],
+        decoder=facts["depths"],
+        units=facts["res_blocks"],
+        actions=facts["action_dim"],
+        action_dim=facts["action_embed"],
+        groups=facts["groups"],
+    ).double()
+    theirs = names(facts["layers"])
+    assert {f"w.{name}" for name in theirs.values()} == {key for key in arrays if key.startswith("w.")}
+    weights = {key: ours(theirs[key], arrays[f"w.{theirs[key]}"], m) for key, m in model.state_dict().items()}
+    model.load_state_dict(weights, strict=True)
+
+    video = arrays["video"].double().movedim(-1, 2).requires_grad_()
+    actions = arrays["actions"]
+    prediction, _ = model(video[:, :-1], actions[:, 1:4])
+    assert_close(prediction, arrays["prediction"].movedim(-1, 2), **EXACT)
+    loss = pixel_loss(prediction, video[:, 1:])
+    assert_close(loss, arrays["loss"][0], **EXACT)
+    loss.backward()
+    assert_close(video.grad, arrays["grad_video"].movedim(-1, 2), **EXACT)
+    for key, parameter in model.named_parameters():
+        wanted = arrays[f"gradnorm_w.{theirs[key]}"]
+        assert_close(torch.stack([parameter.grad.norm(), parameter.grad.sum()]), wanted, rtol=1e-8, atol=1e-10)
+
+    frames, _ = model.generate(video.detach(), 2, actions=actions)
+    assert_close(frames, arrays["autoregressive"].movedim(-1, 2), **EXACT)
+
+
+def small(**options):
+    options = {"dim": 4, "state": 4, "layers": 2, "encoder": (32, 32), "decoder": (32, 32), "groups": 2, **options}
+    return ConvS5Video(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "stack"), [("convs5_moving_mnist_300", 21.7, 18.9), ("convs5_moving_mnist_600", 7.41, 4.73)]
+)
+def test_published_sizes(name, parameters, stack):
+    """Millions of parameters, to the digits that are known."""
+    with torch.device("meta"):
+        model = MODELS[name]()
+    counts = [sum(m.numel() for m in module.parameters()) / 1e6 for module in (model, model.stack)]
+    assert counts == pytest.approx([parameters, stack], abs=0.05)
+
+
+def test_generation_feeds_frames_back():
+    """Each frame that is generated is the one that the whole clip before it predicts."""
+    model = small(actions=3).double()
+    context, actions = torch.rand(2, 3, 1, 4, 6, dtype=torch.float64) * 2 - 1, torch.randint(-1, 3, (2, 7))
+    frames, _ = model.generate(context, 4, actions=actions)
+    clip = torch.cat([context, frames], dim=1)
+    assert_close(model(clip[:, :-1], actions[:, 1:])[0][:, 2:], frames)
+
+
+def test_generation_goes_on_from_a_state():
+    model = small(actions=2, channels=3).double()
+    context, actions = torch.rand(1, 2, 3, 4, 4, dtype=torch.float64), torch.randint(0, 2, (1, 9))
+    whole, last = model.generate(context, 7, actions=actions)
+    first, state = model.generate(context, 3, actions=actions[:, :5])
+    second, state = model.generate(first[:, -1:], 4, actions=actions[:, 4:], state=state)
+    assert_close(torch.cat([first, second], dim=1), whole)
+    assert_close(state, last)
+
+
+def test_a_stream_has_no_end_and_with_actions_one_frame_for_each():
+    model = small()
+    context = torch.zeros(1, 2, 1, 4, 4)
+    frames = [frame for frame, _ in islice(model.stream(context), 12)]
+    assert_close(torch.stack(frames, dim=1), model.generate(context, 12)[0])
+    assert len(list(model.stream(context, actions=torch.zeros(1, 5, dtype=torch.long)))) == 3
+    assert not frames[0].requires_grad
+
+
+def test_clips_that_share_a_row_do_not_see_each_other():
+    model = small().double()
+    a, b = torch.rand(2, 1, 3, 1, 4, 4, dtype=torch.float64)
+    reset = torch.tensor([[False, False, False, True, False, False]])
+    together, _ = model(torch.cat([a, b], dim=1), reset=reset)
+    assert_close(together, torch.cat([model(a)[0], model(b)[0]], dim=1))
+
+
+def test_unknown_actions_have_an_embedding_of_their_own():
+    model = small(actions=2)
+    frame = torch.zeros(1, 1, 1, 4, 4)
+    model(frame, torch.tensor([[-1]]))[0].sum().backward()
+    assert model.action.weight.grad.any(dim=1).tolist() == [False, False, True]
+    assert_close(model(frame)[0], model(frame, torch.tensor([[0]]))[0])
+
+
+def test_mixed_precision_is_finite():
+    model = small()
+    clip = torch.rand(1, 6, 1, 8, 8) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction, _ = model(clip[:, :-1])
+        loss = pixel_loss(prediction.float(), clip[:, 1:])
+    loss.backward()
+    assert loss.isfinite() and all(m.grad.isfinite().all() for m in model.parameters())
+
+
+@pytest.mark.slow
+def test_ten_thousand_frames_stay_finite():
+    model = small(layers=1, dim=4, state=2, encoder=(32,), decoder=(32,))
+    sizes = set()
+    for frame, state in islice(model.stream(torch.rand(1, 5, 1, 2, 2) * 2 - 1), 10_000):
+        assert frame.isfinite().all() and all(m.isfinite().all() for m in state)
+        sizes.add(sum(m.untyped_storage().nbytes() for m in state))
+    assert len(sizes) == 1  # all memory that there is
+
+
+def test_bad_input_is_refused():
+    model = small(actions=3)
+    clip = torch.zeros(2, 3, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"frames must be \(clips, frames, 1, height, width\)"):
+        model(clip[:, :, 0])
+    with pytest.raises(ValueError, match="frames must be"):
+        model(clip.expand(-1, -1, 3, -1, -1))
+    with pytest.raises(ValueError, match="not empty"):
+        model.stream(clip[:, :0])
+    with pytest.raises(ValueError, match=r"multiples of 2; got \(3, 4\)"):
+        model(clip[..., :3, :])
+    with pytest.raises(ValueError, match="from 0 to 2, or -1 for unknown; got 0 to 3"):
+        model(clip, torch.tensor([[0, 1, 3]] * 2))
+    with pytest.raises(ValueError, match="got -2 to 0"):
+        model(clip, torch.tensor([[0, -2, 0]] * 2))
+    with pytest.raises(ValueError, match="actions must be integers"):
+        model(clip, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="actions must be integers"):
+        model(clip, torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="each of the 3 frames needs one action; got 2"):
+        model(clip, torch.zeros(2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="beyond the 3 frames"):
+        model.stream(clip, actions=torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="one for each of 5 frames, context included; got 4"):
+        model.generate(clip, 2, actions=torch.zeros(2, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="frames must be at least 1"):
+        model.generate(clip, 0)
+    with pytest.raises(ValueError, match="2 layers need as many states"):
+        model.generate(clip, 1, state=small(layers=1)(clip)[1])
+    with pytest.raises(ValueError, match="state must have shape"):
+        model.generate(clip, 1, state=small(state=6)(clip)[1])
+    with pytest.raises(ValueError, match="as many widths"):
+        small(encoder=(32,))
+    with pytest.raises(ValueError, match="multiples of 32"):
+        small(encoder=(32, 40))
+    with pytest.raises(ValueError, match="groups must divide dim"):
+        small(groups=3)
