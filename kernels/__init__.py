@@ -62,25 +62,9 @@ if __name__ == "vision_ssm.kernels":
         "ssd_scan",
         "tri",
     ]
-else:  # a checkout on sys.path, where libraries look for the package of the bare name and must not stumble
+else:  # a checkout on sys.path
     import sys
-    from importlib.machinery import PathFinder
-    from importlib.util import module_from_spec
-    from pathlib import Path
-    from types import ModuleType
 
-    class _Nothing(ModuleType):
-        __version__ = "0"  # older than any that a library would take for the package
+    from .bare_name import step_aside
 
-        def __getattr__(self, name: str) -> object:
-            error = AttributeError if name.startswith("__") else ImportError
-            raise error(f"kernels has no {name}: import vision_ssm.kernels; the bare name belongs to another project")
-
-    _others = [entry for entry in sys.path if not Path(entry, "kernels", "routed_scan").exists()]  # no checkouts
-    _spec = PathFinder.find_spec(__name__, _others)
-    if _spec is None or _spec.loader is None:
-        sys.modules[__name__].__class__ = _Nothing
-        del __path__  # no modules either
-    else:  # installed: it takes this module's place
-        sys.modules[__name__] = module_from_spec(_spec)
-        _spec.loader.exec_module(sys.modules[__name__])
+    step_aside(sys.modules[__name__])
