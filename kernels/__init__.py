@@ -3,6 +3,7 @@
 if __name__ == "vision_ssm.kernels":
     from .backends import backend_report
     from .cross_scan.op import cross_merge, cross_scan
+    from .linear_scan.op import linear_scan, linear_step
     from .routed_scan.op import routed_scan
     from .routes import (
         ATROUS,
@@ -56,6 +57,8 @@ if __name__ == "vision_ssm.kernels":
         "find_routes",
         "flops",
         "hilbert",
+        "linear_scan",
+        "linear_step",
         "raster",
         "routed_scan",
         "selective_scan",

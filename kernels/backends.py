@@ -18,6 +18,7 @@ def backend_report() -> str:
         "cross_scan, cross_merge": "PyTorch",
         "selective_scan": numba,
         "routed_scan": numba,
+        "linear_scan": "PyTorch, in chunks of time",
         "ssd_scan": "PyTorch, as matrix products in chunks",
     }
     rows = [f"vision_ssm operators, torch {torch.__version__}"]

@@ -50,6 +50,13 @@ def ssd_scan_flops(
     return batch * length * heads * (width * (_DUALITY * B[3] + 1) + 2)
 
 
+def linear_scan_flops(
+    a: Sequence[int], b: Sequence[int], initial_state: Any, resets: Any, pairs: bool, **options: Any
+) -> int:
+    """From the shape of b: a product and a sum for each number, of which a pair takes eight and a real number two."""
+    return math.prod(b) * (4 if pairs else 2)
+
+
 def _twice(formula: Any, gradients: int) -> Any:
     """The formula of a backward, which takes ``gradients`` tensors before the inputs."""
     return lambda *shapes, **options: 2 * formula(*shapes[gradients:], **options)
@@ -73,6 +80,8 @@ for _op, _formula in (
     (_ops.selective_scan_backward, _twice(selective_scan_flops, 2)),
     (_ops.routed_scan, routed_scan_flops),
     (_ops.routed_scan_backward, _twice(routed_scan_flops, 1)),
+    (_ops.linear_scan, linear_scan_flops),
+    (_ops.linear_scan_backward, _twice(linear_scan_flops, 2)),
     (_ops.ssd_scan, ssd_scan_flops),
     (_ops.ssd_scan_backward, _twice(ssd_scan_flops, 2)),
 ):

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vision_ssm  # noqa: F401  registers the models
-from vision_ssm.kernels import CROSS, cross_merge, cross_scan, routed_scan, selective_scan, ssd_scan
+from vision_ssm.kernels import CROSS, cross_merge, cross_scan, linear_scan, routed_scan, selective_scan, ssd_scan
 from vision_ssm.kernels.routed_scan.cases import CASES, make_inputs
 
 
@@ -22,6 +22,14 @@ def test_selective_scan():
     assert count(lambda: selective_scan(u, u, A, B, B)) == forward
     leaf = u.clone().requires_grad_()
     assert count(lambda: selective_scan(leaf, u, A, B, B).sum().backward()) == 3 * forward
+
+
+def test_linear_scan():
+    a, b = torch.rand(4, 2), torch.rand(3, 2, 4, 2)
+    assert count(lambda: linear_scan(a, b)) == 2 * b.numel()
+    assert count(lambda: linear_scan(a, b, pairs=True)) == 8 * b.numel() // 2
+    leaf = b.clone().requires_grad_()
+    assert count(lambda: linear_scan(a, leaf)[0].sum().backward()) == 3 * 2 * b.numel()
 
 
 def test_ssd_scan():
