@@ -41,6 +41,67 @@ vision-ssm train configs/train.py
 """
 
 
+WORKFLOW: Mapping[str, Any] = {
+    "imports": ["$from pathlib import Path", "$from vision_ssm.engine.cases import find_cases"],
+    "bundle_root": ".",
+    "dataset_dir": "$@bundle_root + '/data'",
+    "output_dir": "$@bundle_root + '/eval'",
+    "cases": "$[[str(path) for path in case.images()] for case in find_cases(Path(@dataset_dir), @modalities)]",
+    "datalist": "$[images if len(images) > 1 else images[0] for images in @cases]",
+    "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
+    "network": "$@network_def.to(@device)",
+    "dataset": {
+        "_target_": "monai.data.Dataset",
+        "data": "$[{'image': images} for images in @datalist]",
+        "transform": "@preprocessing",
+    },
+    "dataloader": {"_target_": "monai.data.DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
+    "postprocessing": {
+        "_target_": "monai.transforms.Compose",
+        "transforms": [
+            {"_target_": "monai.transforms.Activationsd", "keys": "pred", "softmax": True},
+            {
+                "_target_": "monai.transforms.Invertd",
+                "keys": "pred",
+                "transform": "@preprocessing",
+                "orig_keys": "image",
+                "nearest_interp": False,
+                "to_tensor": True,
+            },
+            {"_target_": "monai.transforms.AsDiscreted", "keys": "pred", "argmax": True},
+            {
+                "_target_": "monai.transforms.SaveImaged",
+                "keys": "pred",
+                "output_dir": "@output_dir",
+                "output_postfix": "labels",
+                "output_dtype": "$numpy.uint8",
+                "separate_folder": False,
+                "resample": False,
+            },
+        ],
+    },
+    "handlers": [
+        {
+            "_target_": "monai.handlers.CheckpointLoader",
+            "load_path": "$@bundle_root + '/models/model.pt'",
+            "load_dict": {"model": "@network"},
+            "map_location": "@device",
+        }
+    ],
+    "evaluator": {
+        "_target_": "monai.engines.SupervisedEvaluator",
+        "device": "@device",
+        "val_data_loader": "@dataloader",
+        "network": "@network",
+        "inferer": "@inferer",
+        "postprocessing": "@postprocessing",
+        "val_handlers": "@handlers",
+    },
+    "run": ["$@evaluator.run()"],
+}
+"""What every bundle's inference.json holds; the entries that it refers to and lacks come from the config."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class About:
     """What a bundle says of itself and no config knows.
@@ -112,66 +173,11 @@ def inference_config(config: Config) -> dict[str, Any]:
     if "pretrained" in net:
         net["pretrained"] = False  # models/model.pt replaces those weights
     return {
-        "imports": ["$from pathlib import Path", "$from vision_ssm.engine.cases import find_cases"],
-        "bundle_root": ".",
-        "dataset_dir": "$@bundle_root + '/data'",
-        "output_dir": "$@bundle_root + '/eval'",
+        **WORKFLOW,
         "modalities": translate(entries.get("modalities", ())),
-        "cases": "$[[str(path) for path in case.images()] for case in find_cases(Path(@dataset_dir), @modalities)]",
-        "datalist": "$[images if len(images) > 1 else images[0] for images in @cases]",
-        "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
         "network_def": translate(net),
-        "network": "$@network_def.to(@device)",
         "preprocessing": {"_target_": "monai.transforms.Compose", "transforms": translate(entries["prepare"])},
-        "dataset": {
-            "_target_": "monai.data.Dataset",
-            "data": "$[{'image': images} for images in @datalist]",
-            "transform": "@preprocessing",
-        },
-        "dataloader": {"_target_": "monai.data.DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
         "inferer": translate(model["inferer"]),
-        "postprocessing": {
-            "_target_": "monai.transforms.Compose",
-            "transforms": [
-                {"_target_": "monai.transforms.Activationsd", "keys": "pred", "softmax": True},
-                {
-                    "_target_": "monai.transforms.Invertd",
-                    "keys": "pred",
-                    "transform": "@preprocessing",
-                    "orig_keys": "image",
-                    "nearest_interp": False,
-                    "to_tensor": True,
-                },
-                {"_target_": "monai.transforms.AsDiscreted", "keys": "pred", "argmax": True},
-                {
-                    "_target_": "monai.transforms.SaveImaged",
-                    "keys": "pred",
-                    "output_dir": "@output_dir",
-                    "output_postfix": "labels",
-                    "output_dtype": "$numpy.uint8",
-                    "separate_folder": False,
-                    "resample": False,
-                },
-            ],
-        },
-        "handlers": [
-            {
-                "_target_": "monai.handlers.CheckpointLoader",
-                "load_path": "$@bundle_root + '/models/model.pt'",
-                "load_dict": {"model": "@network"},
-                "map_location": "@device",
-            }
-        ],
-        "evaluator": {
-            "_target_": "monai.engines.SupervisedEvaluator",
-            "device": "@device",
-            "val_data_loader": "@dataloader",
-            "network": "@network",
-            "inferer": "@inferer",
-            "postprocessing": "@postprocessing",
-            "val_handlers": "@handlers",
-        },
-        "run": ["$@evaluator.run()"],
     }
 
 
@@ -214,31 +220,14 @@ def dotted_name(target: Callable[..., Any]) -> str:
     raise ValueError(f"{target!r} cannot be imported by name, so MONAI cannot build it; define it in a module")
 
 
-@torch.no_grad()
 def describe(config: Config, net: nn.Module, about: About) -> dict[str, Any]:
     """The bundle's metadata; channels, types and shapes are those of a window that the network labels.
 
     Raises:
-        ValueError: the config does not state ``in_channels`` of the network or ``roi_size`` of the inferer, or the
-            network gives other classes than the config names.
+        ValueError: see ``data_format``.
     """
-    channels, window = config.model.net.get("in_channels"), config.model.inferer.get("roi_size")
-    if channels is None or not isinstance(window, Sequence):
-        raise ValueError(
-            f"config {config_name(config)} must state model.net.in_channels and the sides of model.inferer.roi_size; "
-            f"got {channels!r} and {window!r}"
-        )
-    if not all(isinstance(side, int) and side > 0 for side in window):
-        raise ValueError(f"model.inferer.roi_size must be positive along every axis for a bundle; got {window!r}")
-    classes = ("background", *config.classes)
-    names = channel_names(config, channels)
-    logits = net(torch.zeros(1, channels, *window))
-    if logits.shape != (1, len(classes), *window):
-        raise ValueError(
-            f"the network gives logits of shape {tuple(logits.shape)} for a window of {tuple(window)}; "
-            f"{len(classes)} classes need {(1, len(classes), *window)}"
-        )
-    tensor = {"type": "image", "spatial_shape": list(window), "value_range": [], "is_patch_data": True}
+    classes = dict(enumerate(("background", *config.classes)))
+    formats = data_format(config, net, about.modality)
     return {
         "schema": SCHEMA,
         "version": about.version,
@@ -253,34 +242,55 @@ def describe(config: Config, net: nn.Module, about: About) -> dict[str, Any]:
         "copyright": f"Copyright (c) {about.authors}",
         "data_source": f"see the config {config_name(config)}",
         "data_type": "nifti",
-        "image_classes": ", ".join(names),
-        "label_classes": ", ".join(f"{value} {name}" for value, name in enumerate(classes)),
+        "image_classes": ", ".join(formats["inputs"]["image"]["channel_def"].values()),
+        "label_classes": ", ".join(f"{value} {name}" for value, name in classes.items()),
         "pred_classes": f"{len(classes)} channels of logits, background first",
         "eval_metrics": {},
         "intended_use": "Research; no medical device",
         "references": [],
-        "network_data_format": {
-            "inputs": {
-                "image": {
-                    **tensor,
-                    "format": "magnitude",
-                    "modality": about.modality,
-                    "num_channels": channels,
-                    "dtype": "float32",
-                    "channel_def": {str(channel): name for channel, name in enumerate(names)},
-                }
-            },
-            "outputs": {
-                "pred": {
-                    **tensor,
-                    "format": "segmentation",
-                    "num_channels": len(classes),
-                    "dtype": str(logits.dtype).removeprefix("torch."),
-                    "channel_def": {str(value): name for value, name in enumerate(classes)},
-                }
-            },
-        },
+        "network_data_format": formats,
     }
+
+
+@torch.no_grad()
+def data_format(config: Config, net: nn.Module, modality: str) -> dict[str, Any]:
+    """What goes into the network and comes out of it, as MONAI's metadata describe it.
+
+    Raises:
+        ValueError: the config does not state ``in_channels`` of the network or ``roi_size`` of the inferer, or the
+            network gives other classes than the config names.
+    """
+    channels, window = config.model.net.get("in_channels"), config.model.inferer.get("roi_size")
+    if channels is None or not isinstance(window, Sequence):
+        raise ValueError(
+            f"config {config_name(config)} must state model.net.in_channels and the sides of model.inferer.roi_size; "
+            f"got {channels!r} and {window!r}"
+        )
+    if not all(isinstance(side, int) and side > 0 for side in window):
+        raise ValueError(f"model.inferer.roi_size must be positive along every axis for a bundle; got {window!r}")
+    classes = ("background", *config.classes)
+    logits = net(torch.zeros(1, channels, *window))
+    if logits.shape != (1, len(classes), *window):
+        raise ValueError(
+            f"the network gives logits of shape {tuple(logits.shape)} for a window of {tuple(window)}; "
+            f"{len(classes)} classes need {(1, len(classes), *window)}"
+        )
+
+    def tensor(names: Sequence[str], dtype: str, **about: str) -> dict[str, Any]:
+        return {
+            "type": "image",
+            "spatial_shape": list(window),
+            "value_range": [],
+            "is_patch_data": True,
+            **about,
+            "num_channels": len(names),
+            "dtype": dtype,
+            "channel_def": {str(channel): name for channel, name in enumerate(names)},
+        }
+
+    image = tensor(channel_names(config, channels), "float32", format="magnitude", modality=modality)
+    pred = tensor(classes, str(logits.dtype).removeprefix("torch."), format="segmentation")
+    return {"inputs": {"image": image}, "outputs": {"pred": pred}}
 
 
 def channel_names(config: Config, channels: int) -> list[str]:
