@@ -55,16 +55,6 @@ def test_depth_is_stochastic_most_where_the_two_halves_meet():
     assert rates(net.deepest, *net.decoder.up) == pytest.approx([0.3, 0.2, 0.1, 0.0])
 
 
-def test_checkpointing_changes_no_gradient():
-    net = network()
-    image = torch.randn(1, 1, 32, 32)
-    gradients = []
-    for enable in (False, True):
-        net.set_grad_checkpointing(enable)
-        gradients.append(torch.autograd.grad(net(image).square().mean(), list(net.parameters())))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
 def test_wrong_arguments_say_what_is_accepted():
     with pytest.raises(ValueError, match=r"spatial_dims=2; got spatial_dims=3\. For volumes there are SSMUNet"):
         VMUNet(3, 1, 2)

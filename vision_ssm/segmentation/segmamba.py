@@ -22,12 +22,10 @@ from vision_ssm.kernels import tri
 from vision_ssm.layers.mamba import AlongRoutes, Mamba
 from vision_ssm.layers.mixers import Mixer, find_mixer
 
-from .decoder import Decoder
-from .padding import crop_map, pad_image
+from .decoder import INSTANCE_NORM, Decoder
+from .padding import pad_image
 
 __all__ = ["SegMamba"]
-
-INSTANCE_NORM = ("instance", {"affine": True})
 
 
 class SegMamba(nn.Module):
@@ -134,11 +132,7 @@ class SegMamba(nn.Module):
             maps.append(weigh_by_certainty(x))
         for level, skip in enumerate(self.skips):
             maps[level] = skip(maps[level])
-        logits = self.decoder(maps)
-        sizes = list(image.shape[2:])
-        if not (self.decoder.deep_supervision and self.training):
-            return crop_map(logits[0], sizes, self.reductions[0])
-        return [crop_map(x, sizes, self.reductions[i]) for i, x in enumerate(logits)]
+        return self.decoder(maps, list(image.shape[2:]), self.reductions)
 
 
 class Block(nn.Module):

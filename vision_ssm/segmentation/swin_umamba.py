@@ -17,9 +17,8 @@ from vision_ssm.backbones.hierarchy import Stage, norm2d
 from vision_ssm.backbones.pretrained import create_pretrained
 from vision_ssm.layers.mixers import Mixer
 
-from .decoder import Decoder
-from .padding import crop_map, pad_image
-from .umamba import INSTANCE_NORM
+from .decoder import INSTANCE_NORM, Decoder
+from .padding import pad_image
 from .vm_unet import require_images, require_vmamba
 
 __all__ = ["SwinUMamba"]
@@ -121,8 +120,4 @@ class SwinUMamba(nn.Module):
             maps.append(x)
         for i, skip in enumerate(self.skips):
             maps[i] = skip(maps[i])
-        logits = self.decoder(maps)
-        sizes = list(image.shape[2:])
-        if not (self.decoder.deep_supervision and self.training):
-            return crop_map(logits[0], sizes, self.reductions[0])
-        return [crop_map(level, sizes, self.reductions[i]) for i, level in enumerate(logits)]
+        return self.decoder(maps, list(image.shape[2:]), self.reductions)

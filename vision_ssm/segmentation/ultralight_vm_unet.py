@@ -14,13 +14,13 @@ import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from vision_ssm.kernels import raster
-from vision_ssm.layers.mamba import AlongRoutes, Mamba
+from vision_ssm.layers.mamba import Mamba
 from vision_ssm.layers.mixers import Mixer, find_mixer
 
-from .decoder import Decoder
-from .padding import crop_map, pad_image
-from .vm_unet import WithoutSkip, require_images
+from .decoder import Decoder, WithoutSkip
+from .padding import pad_image
+from .umamba import ahead
+from .vm_unet import require_images
 
 __all__ = ["UltraLightVMUNet"]
 
@@ -74,8 +74,9 @@ class UltraLightVMUNet(nn.Module):
         require_images(spatial_dims)
         if len(widths) != 6 or any(width % PARTS or width < PARTS for width in widths):
             raise ValueError(f"widths must be six positive multiples of {PARTS}; got {tuple(widths)}")
-        ahead = partial(AlongRoutes, routes=raster(spatial_dims)[:1])
-        mamba = partial(ParallelMamba, mixer=ahead if mixer == "mamba" else find_mixer(mixer), state=state)
+        mamba = partial(
+            ParallelMamba, mixer=ahead(spatial_dims) if mixer == "mamba" else find_mixer(mixer), state=state
+        )
         layers = [convolution] * CONVOLUTIONS + [mamba] * (len(widths) - CONVOLUTIONS)
         self.in_channels = in_channels
         self.grad_checkpointing = False
@@ -118,11 +119,7 @@ class UltraLightVMUNet(nn.Module):
         skips = self.channel(self.spatial(maps))
         skips.insert(0, x)
         skips.append(self.deepest(fmap))
-        logits = self.decoder(skips)
-        sizes = list(image.shape[2:])
-        if not (self.decoder.deep_supervision and self.training):
-            return crop_map(logits[0], sizes, self.reductions[0])
-        return [crop_map(level, sizes, self.reductions[i]) for i, level in enumerate(logits)]
+        return self.decoder(skips, list(image.shape[2:]), self.reductions)
 
 
 class Up(nn.Module):

@@ -20,12 +20,10 @@ from vision_ssm.kernels import raster
 from vision_ssm.layers.mamba import AlongRoutes, Mamba
 from vision_ssm.layers.mixers import Mixer, find_mixer
 
-from .decoder import Decoder
-from .padding import crop_map, pad_image
+from .decoder import INSTANCE_NORM, Decoder
+from .padding import pad_image
 
 __all__ = ["UMamba"]
-
-INSTANCE_NORM = ("instance", {"affine": True})
 
 PerStage = int | Sequence[int | Sequence[int]]
 
@@ -146,11 +144,7 @@ class UMamba(nn.Module):
             else:
                 x = stage(x)
             maps.append(x)
-        logits = self.decoder(maps)
-        sizes = list(image.shape[2:])
-        if not (self.decoder.deep_supervision and self.training):
-            return crop_map(logits[0], sizes, self.reductions[0])
-        return [crop_map(x, sizes, self.reductions[i]) for i, x in enumerate(logits)]
+        return self.decoder(maps, list(image.shape[2:]), self.reductions)
 
 
 class CellMixer(nn.Module):

@@ -16,12 +16,11 @@ from monai.networks.blocks import Convolution, UnetrBasicBlock, UnetrUpBlock
 from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
+from vision_ssm.segmentation.decoder import INSTANCE_NORM
 from vision_ssm.segmentation.encoder import ENCODERS, SSMEncoder
 from vision_ssm.segmentation.padding import crop_map, pad_image
 
 __all__ = ["SSMUNet"]
-
-INSTANCE_NORM = ("instance", {"affine": True})
 
 Sizes = tuple[int, ...]
 

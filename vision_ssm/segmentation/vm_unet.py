@@ -19,8 +19,8 @@ from vision_ssm.backbones.hierarchy import Stage
 from vision_ssm.backbones.pretrained import create_pretrained
 from vision_ssm.layers.mixers import Mixer
 
-from .decoder import Decoder
-from .padding import crop_map, pad_image
+from .decoder import Decoder, WithoutSkip
+from .padding import pad_image
 
 __all__ = ["VMUNet"]
 
@@ -30,8 +30,8 @@ class VMUNet(nn.Module):
 
     What the paper leaves open, and what we read: a skip is the map after the last block of an encoder stage, and is
     added to what patch expanding returns. The final projection expands each cell to 4 x 4 with a quarter of the first
-    stage's channels; with three channels in and one out the network then has the 27.43 M parameters that later papers
-    count for the release. Deep supervision is ours: a 1 x 1 convolution on each stage of the decoder.
+    stage's channels; with three channels in and one out the network then has 27.43 M parameters, the
+    count in later papers (not checked here). Deep supervision is ours: a 1 x 1 convolution on each decoder stage.
 
     Args:
         spatial_dims: axes of the image; 2.
@@ -119,11 +119,7 @@ class VMUNet(nn.Module):
             x = stage(x)
             maps.append(x)
         maps[-1] = self.deepest(x)
-        logits = self.decoder(maps)
-        sizes = list(image.shape[2:])
-        if not (self.decoder.deep_supervision and self.training):
-            return crop_map(logits[0], sizes, self.reductions[0])
-        return [crop_map(level, sizes, self.reductions[i]) for i, level in enumerate(logits)]
+        return self.decoder(maps, list(image.shape[2:]), self.reductions)
 
 
 class Up(nn.Module):
@@ -136,17 +132,6 @@ class Up(nn.Module):
 
     def forward(self, coarse: Tensor, skip: Tensor) -> Tensor:
         return self.stage(self.expand(coarse) + skip)
-
-
-class WithoutSkip(nn.Module):
-    """A module of the coarse map alone, where a decoder expects one that joins a skip."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, coarse: Tensor, skip: Tensor) -> Tensor:
-        return self.module(coarse)
 
 
 class PatchExpanding2d(nn.Module):
