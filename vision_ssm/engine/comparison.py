@@ -124,7 +124,7 @@ def compare(runs: Sequence[Run]) -> Figure:
             axes.plot(dice.mean(axis=1), [row] * len(dice), "o", color=colour, markersize=4)
         axes.set_yticks(range(len(named)), list(named))
         axes.invert_yaxis()
-        axes.set_xlabel("Dice on the tested half")
+        axes.set_xlabel("Dice on the test set")
         axes.set_title(f"{group[0].config}, {group[0].seconds:g} s", fontsize=10)
         axes.grid(axis="x", alpha=0.3)
     return figure
