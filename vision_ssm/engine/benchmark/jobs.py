@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 
-from vision_ssm.kernels import routed_scan, selective_scan, ssd_scan
+from vision_ssm.kernels import linear_scan, routed_scan, selective_scan, ssd_scan
+from vision_ssm.kernels.linear_scan import cases as linear_cases
+from vision_ssm.kernels.linear_scan.reference import linear_scan_ref
 from vision_ssm.kernels.routed_scan import cases as routed_cases
 from vision_ssm.kernels.routed_scan.reference import routed_scan_ref
 from vision_ssm.kernels.routes import index_table
@@ -44,13 +46,19 @@ RUNS = {"eager": None, "compiled": "default", "compiled, CUDA graphs": "reduce-o
 
 @dataclass(frozen=True)
 class Operator:
-    """How to call an operator and its reference on the inputs of a case; ``batched`` inputs have a batch axis."""
+    """How to call an operator and its reference on the inputs of a case.
+
+    Args:
+        batched: the inputs that have a batch axis.
+        axis: that axis, of these and of the output.
+    """
 
     cases: Mapping[str, Any]
     make_inputs: Callable[..., Inputs]
     call: Callable[[Any, Inputs], Tensor]
     reference: Callable[[Any, Inputs], Tensor]
     batched: tuple[str, ...]
+    axis: int = 0
 
     def work(self, case: Any, inputs: Inputs, direction: str) -> Callable[[], object]:
         """What is timed; the loss is half the squared norm of the output, whose gradient is the output itself."""
@@ -72,19 +80,26 @@ class Operator:
         and writes the gradients.
         """
         leaves = _leaves(inputs)
-        first = {name: m[:1] if name in self.batched else m for name, m in inputs.items()}
+        first = {name: self._first(m) if name in self.batched else m for name, m in inputs.items()}
         exact = _leaves({name: m.double() for name, m in first.items()})
         y, expected = self.call(case, leaves), self.reference(case, exact)
-        pairs = [(y[:1], expected)]
+        pairs = [(self._first(y), expected)]
         read, written = sum(m.nbytes for m in inputs.values()), y.nbytes
         compulsory_bytes = read + written
         if direction == BOTH:
-            dy = torch.cat([dy[:1], torch.zeros_like(dy[1:])])
+            one = self._first(dy)
+            dy = torch.zeros_like(dy)
+            self._first(dy).copy_(one)
             grads = torch.autograd.grad(y, list(leaves.values()), dy)
-            exact_grads = torch.autograd.grad(expected, list(exact.values()), dy[:1].double())
-            pairs += [(ours[: theirs.shape[0]], theirs) for ours, theirs in zip(grads, exact_grads, strict=True)]
+            exact_grads = torch.autograd.grad(expected, list(exact.values()), one.double())
+            for name, ours, theirs in zip(leaves, grads, exact_grads, strict=True):
+                pairs.append((self._first(ours) if name in self.batched else ours, theirs))
             compulsory_bytes += 2 * read + written
         return Accuracy(error=max(_deviation(*pair) for pair in pairs), compulsory_bytes=compulsory_bytes)
+
+    def _first(self, m: Tensor) -> Tensor:
+        """The first sample."""
+        return m.narrow(self.axis, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -265,6 +280,21 @@ def _selective_scan_ref(case: selective_cases.Case, inputs: Inputs) -> Tensor:
     return selective_scan_ref(**arguments)[0]
 
 
+def _linear_scan(case: linear_cases.Case, inputs: Inputs) -> Tensor:
+    return linear_scan(inputs["a"], inputs["b"], pairs=case.pairs)[0]
+
+
+def _linear_scan_ref(case: linear_cases.Case, inputs: Inputs) -> Tensor:
+    return linear_scan_ref(inputs["a"], inputs["b"], pairs=case.pairs)[0]
+
+
+def _linear_inputs(case: linear_cases.Case, dtype: torch.dtype, device: torch.device | str) -> Inputs:
+    """Those of a sequence that starts from zero."""
+    inputs = linear_cases.make_inputs(case, dtype, device)
+    del inputs["initial_state"]
+    return inputs
+
+
 def _ssd_scan(case: ssd_cases.Case, inputs: Inputs) -> Tensor:
     arguments: dict[str, Any] = {**inputs}
     return ssd_scan(**arguments)[0]
@@ -297,6 +327,14 @@ OPERATORS: dict[str, Operator] = {
         call=_selective_scan,
         reference=_selective_scan_ref,
         batched=("u", "delta", "B", "C"),
+    ),
+    "linear_scan": Operator(
+        cases=linear_cases.CASES,
+        make_inputs=_linear_inputs,
+        call=_linear_scan,
+        reference=_linear_scan_ref,
+        batched=("b",),
+        axis=1,
     ),
     "ssd_scan": Operator(
         cases=ssd_cases.CASES,
