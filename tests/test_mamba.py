@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from vision_ssm.kernels import Route, hilbert, raster, selective_scan, tri
-from vision_ssm.layers.mamba import AlongRoutes, Mamba
-from vision_ssm.segmentation.umamba import ahead
+from vision_ssm.layers.mamba import AlongRoutes, Mamba, ahead
 
 
 def sequence(direction, tokens, reverse):

@@ -100,6 +100,7 @@ def test_it_trains():
     assert net.encoder.stem[0].weight.grad.any()
 
 
+@pytest.mark.slow
 def test_compiles_and_exports():
     """The encoder; the decoder asks torch.jit.isinstance, which Dynamo does not trace."""
     encoder = network().encoder.eval()

@@ -6,11 +6,12 @@ Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 
 # Shapes: b batch, l tokens, c channels, e inner channels.
 
 import math
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision_ssm.kernels import Route, Routes
+from vision_ssm.kernels import Route, Routes, raster
 
 from .bidirectional import Direction
 from .mixers import Mixer
@@ -96,3 +97,8 @@ class AlongRoutes(nn.Module):
         for scan in scans[1:]:
             total = total + scan
         return total
+
+
+def ahead(spatial_dims: int) -> Mixer:
+    """Mamba's convolution and scan from the first cell to the last."""
+    return partial(AlongRoutes, routes=raster(spatial_dims)[:1])

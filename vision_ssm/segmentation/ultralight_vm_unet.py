@@ -14,12 +14,11 @@ import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from vision_ssm.layers.mamba import Mamba
+from vision_ssm.layers.mamba import Mamba, ahead
 from vision_ssm.layers.mixers import Mixer, find_mixer
 
 from .decoder import Decoder, WithoutSkip
 from .padding import pad_image
-from .umamba import ahead
 from .vm_unet import require_images
 
 __all__ = ["UltraLightVMUNet"]

@@ -16,8 +16,7 @@ from monai.networks.nets import DynUNet
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from vision_ssm.kernels import raster
-from vision_ssm.layers.mamba import AlongRoutes, Mamba
+from vision_ssm.layers.mamba import Mamba, ahead
 from vision_ssm.layers.mixers import Mixer, find_mixer
 
 from .decoder import INSTANCE_NORM, Decoder
@@ -168,11 +167,6 @@ class Up(nn.Module):
 
     def forward(self, coarse: Tensor, skip: Tensor) -> Tensor:
         return self.blocks(torch.cat([self.enlarge(coarse), skip], dim=1))
-
-
-def ahead(spatial_dims: int) -> Mixer:
-    """Mamba's convolution and scan from the first cell to the last."""
-    return partial(AlongRoutes, routes=raster(spatial_dims)[:1])
 
 
 def residual_blocks(
