@@ -12,11 +12,11 @@ from torch.testing import assert_close
 from vision_ssm.layers.convs5 import (
     ConvS5,
     ConvS5Layer,
-    ConvS5Stack,
     ConvSSM,
     HalfGLUOutput,
     ResNetOutput,
     StandardOutput,
+    TemporalStack,
     hippo_legs,
 )
 
@@ -171,7 +171,7 @@ def test_golden_layer(name, golden_file):
 @pytest.mark.parametrize("name", ["resnet_2", "standard_3"])
 def test_golden_stack(name, golden_file):
     facts, arrays = load(golden_file, f"stack_{name}")
-    stack = ConvS5Stack([build(facts) for _ in range(facts["layers"])])
+    stack = TemporalStack([build(facts) for _ in range(facts["layers"])])
     for i, layer in enumerate(stack.layers):
         layer.load_state_dict(layer_weights(arrays, f"w.layers_{i}.", facts), strict=True)
     u = arrays["u"].requires_grad_()
@@ -193,7 +193,7 @@ def test_golden_stack(name, golden_file):
 
 def small(layers=2, **options):
     options = {"state": 6, "output": partial(ResNetOutput, groups=2), **options}
-    return ConvS5Stack([ConvS5Layer(ConvS5(4, **options)) for _ in range(layers)])
+    return TemporalStack([ConvS5Layer(ConvS5(4, **options)) for _ in range(layers)])
 
 
 def test_pieces_and_frames_are_the_whole():
@@ -290,5 +290,7 @@ def test_bad_input_is_refused():
         stack(u, reset=torch.zeros(1, 1, dtype=torch.bool))
     with pytest.raises(ValueError, match="positive multiple"):
         ConvSSM(4, state=6, blocks=2)
+    with pytest.raises(ValueError, match="positive multiple"):
+        ConvSSM(4, state=7)
     with pytest.raises(ValueError, match="kernels must be odd"):
         ConvSSM(4, state=6, kernels=(2, 3))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vision_ssm.video import MODELS, ConvS5Video, pixel_loss
+from vision_ssm.video import MODELS, NextFrame, convs5_stack, pixel_loss
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 UNIT = {"inner.0": "GroupNorm_0", "inner.2": "Conv_0", "inner.3": "GroupNorm_1", "inner.5": "Conv_1"}
@@ -62,17 +62,16 @@ def ours(name, m, like):
 def test_golden_model(golden_file):
     facts = json.loads(golden_file("ops/convs5/video_small.json").read_text())
     arrays = {k: torch.from_numpy(m) for k, m in np.load(golden_file("ops/convs5/video_small.npz")).items()}
-    model = ConvS5Video(
+    stack = convs5_stack(facts["features"], state=facts["state_real"], layers=facts["layers"], groups=facts["groups"])
+    model = NextFrame(
+        stack,
         facts["channels"],
         dim=facts["features"],
-        state=facts["state_real"],
-        layers=facts["layers"],
         encoder=facts["depths"],
         decoder=facts["depths"],
         units=facts["res_blocks"],
         actions=facts["action_dim"],
         action_dim=facts["action_embed"],
-        groups=facts["groups"],
     ).double()
     theirs = names(facts["layers"])
     assert {f"w.{name}" for name in theirs.values()} == {key for key in arrays if key.startswith("w.")}
@@ -95,9 +94,9 @@ def test_golden_model(golden_file):
     assert_close(frames, arrays["autoregressive"].movedim(-1, 2), **EXACT)
 
 
-def small(**options):
-    options = {"dim": 4, "state": 4, "layers": 2, "encoder": (32, 32), "decoder": (32, 32), "groups": 2, **options}
-    return ConvS5Video(**options)
+def small(*, state=4, layers=2, **options):
+    stack = convs5_stack(4, state=state, layers=layers, groups=2)
+    return NextFrame(stack, dim=4, **{"encoder": (32, 32), "decoder": (32, 32), **options})
 
 
 @pytest.mark.parametrize(
@@ -167,7 +166,7 @@ def test_mixed_precision_is_finite():
 
 @pytest.mark.slow
 def test_ten_thousand_frames_stay_finite():
-    model = small(layers=1, dim=4, state=2, encoder=(32,), decoder=(32,))
+    model = small(layers=1, state=2, encoder=(32,), decoder=(32,))
     sizes = set()
     for frame, state in islice(model.stream(torch.rand(1, 5, 1, 2, 2) * 2 - 1), 10_000):
         assert frame.isfinite().all() and all(m.isfinite().all() for m in state)
@@ -211,4 +210,4 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="multiples of 32"):
         small(encoder=(32, 40))
     with pytest.raises(ValueError, match="groups must divide dim"):
-        small(groups=3)
+        convs5_stack(4, state=4, groups=3)

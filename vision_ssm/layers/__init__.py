@@ -1,6 +1,6 @@
 """Modules that two or more models share."""
 
-from .convs5 import ConvS5, ConvS5Layer, ConvS5Stack
+from .convs5 import ConvS5, ConvS5Layer, TemporalStack
 from .hydra import Hydra
 from .mixers import MIXERS, find_mixer
 from .scan import RoutedScan, pad_grid
@@ -13,9 +13,9 @@ __all__ = [
     "SS3D",
     "ConvS5",
     "ConvS5Layer",
-    "ConvS5Stack",
     "Hydra",
     "RoutedScan",
+    "TemporalStack",
     "find_mixer",
     "pad_grid",
 ]

@@ -9,13 +9,15 @@ compilation work, and exp(λΔ) - 1 is taken without cancellation.
 # the spectrum is its conjugate and is not stored. A complex tensor ends in a pair, as torch.view_as_real makes it.
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
+
+from vision_ssm.kernels import linear_scan
 
 EPS = 1e-6  # of every norm
 LARGEST_REAL = -1e-4  # of an eigenvalue, where they are clipped
@@ -49,17 +51,6 @@ def hippo_legs(state: int, blocks: int = 1) -> tuple[Tensor, Tensor]:
     return values.repeat(blocks), torch.block_diag(*[vectors[:, :kept]] * blocks)
 
 
-def linear_scan(a: Tensor, b: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """h_t = a h_{t-1} + b_t over the first axis, on pairs; ``reset`` (t, b) empties a clip's state before a frame."""
-    found = []
-    for t, inward in enumerate(b):
-        if reset is not None:
-            state = state.masked_fill(reset[t].view(-1, 1, 1, 1, 1), 0)
-        state = _times(a, state) + inward
-        found.append(state.to(b.dtype))
-    return torch.stack(found), state
-
-
 def _times(a: Tensor, b: Tensor) -> Tensor:
     """Product of complex tensors, as pairs."""
     (a_re, a_im), (b_re, b_im) = a.unbind(-1), b.unbind(-1)
@@ -77,15 +68,6 @@ def check_clip(u: Tensor, dim: int) -> torch.Size:
     if u.ndim != 5 or u.shape[-1] != dim or 0 in u.shape:
         raise ValueError(f"clips must be (frames, clips, height, width, {dim}) and not empty; got {tuple(u.shape)}")
     return u.shape[:-1]
-
-
-def check_state(state: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless ``state`` has the shape of this layer's states."""
-    if tuple(state.shape) != shape:
-        raise ValueError(
-            f"the state must have shape {shape} (clips, height, width, complex states, 2); got {tuple(state.shape)}. "
-            "Pass a state that this layer returned for maps of this size"
-        )
 
 
 class ConvSSM(nn.Module):
@@ -116,7 +98,7 @@ class ConvSSM(nn.Module):
         super().__init__()
         if any(size % 2 == 0 for size in kernels):
             raise ValueError(f"kernels must be odd, so that maps keep their size; got {kernels}")
-        self.dim, self.blocks, self.clip_eigenvalues = dim, blocks, clip_eigenvalues
+        self.dim, self.state, self.blocks, self.clip_eigenvalues = dim, state, blocks, clip_eigenvalues
         k_in, k_out = kernels
         self.lambda_re = nn.Parameter(torch.empty(state // 2))
         self.lambda_im = nn.Parameter(torch.empty(state // 2))
@@ -127,7 +109,7 @@ class ConvSSM(nn.Module):
 
     def reset_parameters(self) -> None:
         """As released: HiPPO-LegS, He-normal B and C in its eigenbasis, Δ log-uniform in [0.001, 0.1]."""
-        values, vectors = hippo_legs(2 * self.log_step.numel(), self.blocks)
+        values, vectors = hippo_legs(self.state, self.blocks)
         inward = torch.empty(vectors.shape[0], *self.B.shape[1:-1], dtype=torch.float64, device="cpu")
         outward = torch.empty(self.dim, vectors.shape[0], *self.C.shape[2:-1], dtype=torch.float64, device="cpu")
         for kernel in (inward, outward):
@@ -157,26 +139,25 @@ class ConvSSM(nn.Module):
 
     def forward(self, u: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         frames, clips, *grid = check_clip(u, self.dim)
-        decay, kernel = self.discretise()
-        if state is None:
-            state = decay.new_zeros(self.state_shape(clips, grid))
-        check_state(state, self.state_shape(clips, grid))
+        shape = (clips, *grid, self.log_step.numel(), 2)
+        if state is not None and tuple(state.shape) != shape:
+            raise ValueError(
+                f"the state must have shape {shape} (clips, height, width, complex states, 2); "
+                f"got {tuple(state.shape)}. Pass a state that this layer returned for maps of this size"
+            )
         if reset is not None and (reset.shape != (frames, clips) or reset.dtype != torch.bool):
             raise ValueError(
                 f"reset must be boolean of shape {(frames, clips)}; got {reset.dtype} {tuple(reset.shape)}"
             )
-        inward = _convolve(u.flatten(0, 1), kernel).view(frames, *self.state_shape(clips, grid))
-        x, last = linear_scan(decay, inward, state, reset)
-        return self.read(x.flatten(0, 1)).view(u.shape), last
+        decay, kernel = self.discretise()
+        inward = _convolve(u.flatten(0, 1), kernel).reshape(frames, *shape)
+        x, last = linear_scan(decay, inward, initial_state=state, resets=reset, pairs=True)
+        return self.read(x.flatten(0, 1)).reshape(u.shape), last
 
     def read(self, x: Tensor) -> Tensor:
         """y = 2 Re(C * x) of states (n, h, w, p, 2): (n, h, w, c)."""
         re, im = self.C.unbind(-1)
         return _convolve(x.flatten(-2), torch.stack([2 * re, -2 * im], dim=2).flatten(1, 2))
-
-    def state_shape(self, clips: int, grid: Sequence[int]) -> tuple[int, ...]:
-        """Sizes of a state: (b, h, w, p, 2)."""
-        return clips, *grid, self.log_step.numel(), 2
 
 
 class ResNetOutput(nn.Module):
@@ -287,7 +268,7 @@ class ConvS5(nn.Module):
     def forward(self, u: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, state = self.ssm(u, state, reset)
         maps = self.output(*(m.flatten(0, 1).movedim(-1, 1) for m in (y, u)))
-        return maps.movedim(1, -1).view(u.shape), state
+        return maps.movedim(1, -1).reshape(u.shape), state
 
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One frame: x (b, h, w, c) and state (b, h, w, p, 2) -> (b, h, w, c) and the next state."""
@@ -319,20 +300,20 @@ State = tuple[Tensor, ...]
 """States of all layers of a stack."""
 
 
-class ConvS5Stack(nn.Module):
-    """Layers in series, each with a state of its own.
+class TemporalStack(nn.Module):
+    """Layers over time in series, each with a state of its own.
 
     Args:
-        layers: the layers.
+        layers: the layers, called as layer(u, state, reset) for outputs and the last state.
 
-    Shapes: u (t, b, h, w, c), states (b, h, w, p, 2) of all layers or none for zeros, and reset (t, b) ->
-    (t, b, h, w, c) and the last states.
+    Shapes: u (t, b, h, w, c), states of all layers or none for zeros, and reset (t, b) -> (t, b, h, w, c) and the last
+    states.
 
     Raises:
         ValueError: as many states as layers are needed.
     """
 
-    def __init__(self, layers: Sequence[ConvS5Layer]) -> None:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
