@@ -55,13 +55,22 @@ def test_a_stage_averages_all_that_came_before():
     for weight in (*t, *c):
         torch.nn.init.normal_(weight)
     x = torch.randn(1, 24, 6, 4, dtype=torch.float64)
-    first = stage.downsample(x).permute(0, 2, 3, 1)
-    token1 = stage.blocks[0].tokens(t[0][0] * first)
-    channel1 = stage.blocks[0].channels(c[0][0] * first + c[0][1] * token1)
-    token2 = stage.blocks[1].tokens(t[1][0] * first + t[1][1] * token1 + t[1][2] * channel1)
+    fmap = stage.downsample(x)
+    size = fmap.shape[2:]
+
+    def tokens(block, y):
+        for mixer in block.tokens:
+            y = mixer(y, *size)
+        return y
+
+    one, two = stage.blocks
+    first = fmap.flatten(2).transpose(1, 2)
+    token1 = tokens(one, t[0][0] * first)
+    channel1 = one.channels(c[0][0] * first + c[0][1] * token1, *size)
+    token2 = tokens(two, t[1][0] * first + t[1][1] * token1 + t[1][2] * channel1)
     terms = zip(c[1], (first, token1, channel1, token2), strict=True)
-    channel2 = stage.blocks[1].channels(sum(weight * feature for weight, feature in terms))
-    assert_close(stage(x), channel2.permute(0, 3, 1, 2))
+    channel2 = two.channels(sum(weight * feature for weight, feature in terms), *size)
+    assert_close(stage(x), channel2.transpose(1, 2).unflatten(2, size))
 
 
 @pytest.mark.parametrize("scan", ["cell", "pooled"])

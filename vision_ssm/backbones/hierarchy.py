@@ -54,8 +54,8 @@ class PatchMerging2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = pad_grid(x.permute(0, 2, 3, 1), 2)
         b, h, w, c = x.shape
-        x = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
-        return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
+        x = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)
+        return self.reduction(self.norm(x)).transpose(1, 2).unflatten(2, (h // 2, w // 2))
 
 
 def drop_path_rates(depths: Sequence[int], rate: float) -> Iterator[float]:

@@ -12,6 +12,7 @@ channel mixer.
 
 # Shapes: b batch, c channels, h w grid.
 
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
@@ -30,9 +31,10 @@ __all__ = ["ViM2"]
 
 
 class Normed(nn.Module):
-    """mixer(norm(x)); x itself for samples that stochastic depth spares the mixer. (b, h, w, c) -> (b, h, w, c).
+    """mixer(norm(x)); x itself for samples that stochastic depth spares the mixer. (b, l, c) -> (b, l, c).
 
-    There is no residual around a mixer here, so that a dropped output must not be 0.
+    There is no residual around a mixer here, so that a dropped output must not be 0. The mixer takes the cells as a
+    map of ``height`` and ``width``; elsewhere they are a list, for the reason that ``SS`` gives.
     """
 
     def __init__(self, dim: int, mixer: nn.Module, *, drop_path: float) -> None:
@@ -41,10 +43,10 @@ class Normed(nn.Module):
         self.mixer = mixer
         self.rate = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.mixer(self.norm(x))
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        y = self.mixer(self.norm(x).unflatten(1, [height, width])).flatten(1, -2)
         if self.training and self.rate > 0:
-            spared = torch.rand([x.shape[0], 1, 1, 1], device=x.device) < self.rate
+            spared = torch.rand([x.shape[0], 1, 1], device=x.device) < self.rate
             y = torch.where(spared, x, y)
         return y
 
@@ -59,38 +61,47 @@ class MixerBlock(nn.Module):
 
     Args:
         index: how many blocks of the stage come before.
-        tokens: (b, h, w, c) -> (b, h, w, c).
-        channels: (b, h, w, c) -> (b, h, w, c).
+        tokens: mixers of the tokens, one after the other.
+        channels: mixer of the channels.
 
-    Shapes: a list of (b, h, w, c), the input, then token and channel output of each block in turn, to one of two more.
+    Shapes: a list of (b, l, c), the input, then token and channel output of each block in turn, to one of two more.
     """
 
-    def __init__(self, index: int, tokens: nn.Module, channels: nn.Module) -> None:
+    def __init__(self, index: int, tokens: Iterable[Normed], channels: Normed) -> None:
         super().__init__()
         count = 2 * index + 1
         self.to_tokens = WeightedAverage(count, newest=(count - 1, count - 2) if index else (0,))
-        self.tokens = tokens
+        self.tokens = nn.ModuleList(tokens)
         self.to_channels = WeightedAverage(count + 1, newest=(count, count - 1))
         self.channels = channels
 
-    def forward(self, outputs: list[Tensor]) -> list[Tensor]:
+    def forward(self, outputs: list[Tensor], height: int, width: int) -> list[Tensor]:
         outputs = outputs.copy()
-        outputs.append(self.tokens(self.to_tokens(outputs)))
-        outputs.append(self.channels(self.to_channels(outputs)))
+        y = self.to_tokens(outputs)
+        for mixer in self.tokens:
+            y = mixer(y, height, width)
+        outputs.append(y)
+        outputs.append(self.channels(self.to_channels(outputs), height, width))
         return outputs
 
 
 class MixerStage(Stage):
     """Down-sampling and mixer blocks; (b, c, h, w) -> (b, c', h', w')."""
 
+    def __init__(self, downsample: nn.Module, blocks: Iterable[MixerBlock]) -> None:
+        super().__init__(downsample, ())
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]  # each takes the size too
+
     def forward(self, x: Tensor) -> Tensor:
-        outputs = [self.downsample(x).permute(0, 2, 3, 1)]
+        x = self.downsample(x)
+        height, width = x.shape[2], x.shape[3]
+        outputs = [x.flatten(2).transpose(1, 2)]
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                outputs = checkpoint(block, outputs)
+                outputs = checkpoint(block, outputs, height, width)
             else:
-                outputs = block(outputs)
-        return outputs[-1].permute(0, 3, 1, 2)
+                outputs = block(outputs, height, width)
+        return outputs[-1].transpose(1, 2).unflatten(2, [height, width])
 
 
 class ViM2(Hierarchy):
@@ -146,7 +157,7 @@ class ViM2(Hierarchy):
             blocks = []
             for i, rate in enumerate(islice(rates, depth)):
                 pair = (SS2D(dim, state=state, expand=2.0, mixer=mixer, gate=True, conv_bias=True) for _ in range(2))
-                tokens = nn.Sequential(*(Normed(dim, layer, drop_path=rate) for layer in pair))
+                tokens = (Normed(dim, layer, drop_path=rate) for layer in pair)
                 channels = Normed(dim, ChannelMixer(dim, inner, state=state, scan=scan), drop_path=rate)
                 blocks.append(MixerBlock(i, tokens, channels))
             step = PatchMerging2d(dims[stage - 1], dim) if stage else nn.Identity()

@@ -90,8 +90,10 @@ class ChannelMixer(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(self.scan(x) * F.silu(z))
+        grid = x.shape[1:-1]
+        x, z = self.in_proj(x.flatten(1, -2)).chunk(2, dim=-1)
+        y = self.scan(x.unflatten(1, grid)).flatten(1, -2)
+        return self.out_proj(y * F.silu(z)).unflatten(1, grid)
 
 
 class WeightedAverage(nn.Module):

@@ -31,12 +31,16 @@ def pad_grid(x: Tensor, multiple: int) -> Tensor:
             pads += [0, -size % multiple]
         return F.pad(x, pads)
     # Written by indices, since torch's pad asks whether there is anything to pad: a compiled program would then serve
-    # only the sizes that answer alike.
-    for axis, size in enumerate(grid, start=1):
-        cells = torch.arange((size + multiple - 1) // multiple * multiple, device=x.device)
-        inside = (cells < size).view(-1, *(1,) * (x.dim() - axis - 1))
-        x = torch.where(inside, x.index_select(axis, cells.clamp(max=size - 1)), 0.0)
-    return x
+    # only the sizes that answer alike. On a list of cells, for the reason that ``SS`` gives.
+    padded = [(size + multiple - 1) // multiple * multiple for size in grid]
+    index = torch.zeros([], dtype=torch.int64, device=x.device)
+    inside = torch.ones([], dtype=torch.bool, device=x.device)
+    for size, wanted in zip(grid, padded, strict=True):
+        cells = torch.arange(wanted, device=x.device)
+        index = index[..., None] * size + cells.clamp(max=size - 1)
+        inside = inside[..., None] & (cells < size)
+    cells = x.flatten(1, -2).index_select(1, index.flatten())
+    return torch.where(inside.flatten()[:, None], cells, 0.0).unflatten(1, padded)
 
 
 def crop_grid(x: Tensor, grid: list[int]) -> Tensor:
@@ -45,9 +49,10 @@ def crop_grid(x: Tensor, grid: list[int]) -> Tensor:
         for axis, size in enumerate(grid):
             x = x.narrow(axis + 1, 0, size)
         return x
-    for axis, size in enumerate(grid, start=1):
-        x = x.index_select(axis, torch.arange(size, device=x.device))
-    return x
+    index = torch.zeros([], dtype=torch.int64, device=x.device)
+    for size, padded in zip(grid, x.shape[1:-1], strict=True):
+        index = index[..., None] * padded + torch.arange(size, device=x.device)
+    return x.flatten(1, -2).index_select(1, index.flatten()).unflatten(1, grid)
 
 
 def _phases(routes: Routes) -> tuple[int, ...]:
@@ -116,7 +121,7 @@ class RoutedScan(nn.Module):
         split = [size for cells in x.shape[1:-1] for size in (cells // self.multiple, self.multiple)]
         axes = len(split) // 2
         first = [*range(2, 2 * axes + 1, 2), 0, *range(1, 2 * axes, 2), 2 * axes + 1]  # the phases of each axis
-        maps = x.view(x.shape[0], *split, -1).permute(first)
+        maps = x.flatten(1, -2).view(x.shape[0], *split, -1).permute(first)
         weights = self.x_proj.weight.unflatten(0, (len(self.routes), -1))
         phases = torch.stack([weights[route] for route in self.phases])
         low_rank = maps.flatten(axes, -2).flatten(0, axes - 1) @ phases.transpose(1, 2)
