@@ -110,7 +110,7 @@ class UltraLightVMUNet(nn.Module):
         maps: list[Tensor] = []
         fmap = x
         for stage in self.encoder:
-            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108, a script knows no such choice
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108 (a script compiles a ternary whole)
                 fmap = checkpoint(stage, fmap)
             else:
                 fmap = stage(fmap)
