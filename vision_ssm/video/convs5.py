@@ -4,11 +4,9 @@ Smith et al., "Convolutional State Space Models for Long-Range Spatiotemporal Mo
 arXiv:2310.19694.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 from vision_ssm.layers.convs5 import ConvS5, ConvS5Layer, ResNetOutput, TemporalStack
-from vision_ssm.video.next_frame import NextFrame
 
 
 def convs5_stack(
@@ -36,15 +34,3 @@ def convs5_stack(
         ConvS5(dim, state=state, blocks=blocks, clip_eigenvalues=clip_eigenvalues, output=output) for _ in range(layers)
     )
     return TemporalStack(ConvS5Layer(mixer) for mixer in mixers)
-
-
-def moving_mnist(width: int) -> NextFrame:
-    """The model of grey clips of 64x64 pixels, with as many channels as states at each place."""
-    return NextFrame(convs5_stack(width, state=width), dim=width)
-
-
-MODELS: dict[str, Callable[[], NextFrame]] = {
-    "convs5_moving_mnist_300": partial(moving_mnist, 256),
-    "convs5_moving_mnist_600": partial(moving_mnist, 128),
-}
-"""The published pixel models, by the length of clips that they were trained on."""
