@@ -76,27 +76,29 @@ class _Call:
         self.resets = None if resets is None else resets.contiguous().view(torch.uint8)
         self.dtype = compute_dtype(a, b, initial_state)
         numbers = b.shape[: b.dim() - pairs]
+        width = math.prod(numbers[1:])
         decay = a.shape[: a.dim() - pairs]
         self.varies = len(decay) == len(numbers) and decay[0] > 1
         step = decay[1:] if len(decay) == len(numbers) else decay
         layout = find_layout(tuple(step), tuple(numbers[1:]))
         if layout is None:
             a = a.expand(len(b) if self.varies else 1, *b.shape[1:])
-            layout = _Layout(math.prod(numbers[1:]), math.prod(numbers[1:]), 1)
+            layout = _Layout(width, width, 1)
         self.a = a.contiguous()
-        self.whole = layout.channels * layout.rows == math.prod(numbers[1:])
+        whole = layout.channels * layout.rows == width
 
         block = block_size(b.dtype, pairs)
-        self.blocks = triton.cdiv(math.prod(numbers[1:]), block)
+        self.blocks = triton.cdiv(width, block)
         runs = max(1, min(len(b), _PROGRAMS // self.blocks))
         steps = triton.cdiv(len(b), runs)
         runs = triton.cdiv(len(b), steps)
-        self.sizes = _Sizes(math.prod(numbers[1:]), len(b), numbers[1], steps, runs, *layout)
+        self.sizes = _Sizes(width, len(b), numbers[1], steps, runs, *layout)
         self.grid = (self.blocks * runs,)
         self.shared: dict[str, Any] = {
             "ACC": _DTYPE[self.dtype], "PAIRS": pairs, "BLOCK": block, "num_warps": _THREADS // 32
         }  # fmt: skip
-        self.constants: dict[str, Any] = {**self.shared, "VARIES": self.varies, "WHOLE": self.whole}
+        alone = math.prod(numbers[2:]) % block == 0
+        self.constants: dict[str, Any] = {**self.shared, "VARIES": self.varies, "WHOLE": whole, "ALONE": alone}
 
     def states(self) -> Tensor:
         """Room for a state of each run."""
@@ -116,7 +118,8 @@ def forward(
     call = _Call(a, b, initial_state, resets, pairs)
     h = torch.empty_like(call.b)
     last = b.new_empty(b.shape[1:], dtype=call.dtype)
-    inputs, entering, leaving = (call.a, call.b), call.initial_state, last
+    inputs, entering = (call.a, call.b), call.initial_state
+    leaving: Tensor | None = last
     if call.sizes.runs > 1:
         states, decays = call.states(), call.states()
         scan_kernel[call.grid](*inputs, None, call.resets, None, states, decays, *call.sizes, **call.constants)
@@ -143,7 +146,8 @@ def backward(
     summands = len(dh) if call.varies else call.sizes.runs
     one_each = a.shape == (summands, *dh.shape[1:])
     da = dh.new_empty(summands, *dh.shape[1:], dtype=a.dtype if one_each else call.dtype)
-    leaving, entering = dlast, dinitial
+    leaving = dlast
+    entering: Tensor | None = dinitial
     if call.sizes.runs > 1:
         leaving, decays = call.states(), call.states()
         gradient_kernel[call.grid](

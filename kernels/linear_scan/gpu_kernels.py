@@ -69,10 +69,15 @@ def read_decays(
 
 
 @triton.jit
-def read_stops(resets, row, block, WIDTH, BATCH, BLOCK: tl.constexpr):
-    """Whether the samples of a block start anew at a step."""
-    o = block * BLOCK + tl.arange(0, BLOCK)
-    return tl.load(resets + tl.cast(row, tl.int64) * BATCH + o // (WIDTH // BATCH), o < WIDTH, 0) != 0
+def read_stops(resets, row, block, WIDTH, BATCH, ALONE: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether the samples of a block start anew at a step; one answer if blocks are of one sample (ALONE)."""
+    at = resets + tl.cast(row, tl.int64) * BATCH
+    if ALONE:
+        stop = tl.load(at + block * BLOCK // (WIDTH // BATCH)) != 0
+    else:
+        o = block * BLOCK + tl.arange(0, BLOCK)
+        stop = tl.load(at + o // (WIDTH // BATCH), o < WIDTH, 0) != 0
+    return stop
 
 
 @triton.jit
@@ -94,7 +99,8 @@ def times(a_re, a_im, re, im, PAIRS: tl.constexpr):
 def scan_kernel(
     a, b, entering, resets, h, leaving, decays,
     WIDTH, LENGTH, BATCH, STEPS, RUNS, CHANNELS, SPAN, ROWS,
-    ACC: tl.constexpr, VARIES: tl.constexpr, WHOLE: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, VARIES: tl.constexpr, WHOLE: tl.constexpr, ALONE: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """h_t = a_t h_{t-1} + b_t
 
@@ -118,7 +124,7 @@ def scan_kernel(
                 a, t + 1, block, t + 1 < end, WIDTH, CHANNELS, SPAN, ROWS, ACC, WHOLE, PAIRS, BLOCK
             )
         if resets is not None:
-            stop = read_stops(resets, t, block, WIDTH, BATCH, BLOCK)
+            stop = read_stops(resets, t, block, WIDTH, BATCH, ALONE, BLOCK)
             h_re, h_im = keep(h_re, h_im, stop)
             d_re, d_im = keep(d_re, d_im, stop)
         h_re, h_im = times(by_re, by_im, h_re, h_im, PAIRS)
@@ -138,7 +144,8 @@ def scan_kernel(
 def gradient_kernel(
     dh, a, h, initial, resets, leaving, da, db, entering, decays,
     WIDTH, LENGTH, BATCH, STEPS, RUNS, CHANNELS, SPAN, ROWS,
-    ACC: tl.constexpr, VARIES: tl.constexpr, WHOLE: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, VARIES: tl.constexpr, WHOLE: tl.constexpr, ALONE: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Walks a run back from the gradient by the state ``leaving`` it, to that by the one ``entering`` it.
 
@@ -174,7 +181,7 @@ def gradient_kernel(
                 before_im += initial_im
             write(db, t, block, g_re, g_im, WIDTH, PAIRS, BLOCK)
         if resets is not None:
-            stop = read_stops(resets, t, block, WIDTH, BATCH, BLOCK)
+            stop = read_stops(resets, t, block, WIDTH, BATCH, ALONE, BLOCK)
         if db is not None:
             if resets is not None:
                 before_re, before_im = keep(before_re, before_im, stop)

@@ -1,6 +1,9 @@
 """The linear recurrence over time against its definition and the golden files, values and gradients."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,6 +110,7 @@ TINY = {
     "by channel": Case(7, 2, (2, 3), (3,), pairs=True),
     "by element, real": Case(5, 1, (9,), (9,)),
     "by sample": Case(6, 2, (2, 2), (2, 1, 1)),
+    "blocks of one sample": Case(6, 2, (4, 2), (2,), pairs=True),
     "varying": Case(5, 2, (5,), (5, 2, 5), pairs=True),
     "varying by channel": Case(4, 2, (2, 3), (4, 1, 1, 3)),
     "three runs of axes": Case(3, 2, (2, 2, 2), (3, 2, 1, 2, 1), pairs=True),
@@ -127,6 +131,20 @@ def test_triton_equals_reference(case, small_blocks, device):
 def test_triton_with_its_own_blocks(pairs, dtype, device):
     case = Case(9, 2, (3, 5), (5,), pairs)
     assert_precise(on_triton, make_inputs(case, dtype, device), pairs=pairs)
+
+
+def test_kernels_compile_to_wide_accesses_and_loops_without_barriers():
+    """For sm_90, which need not be there: 16 bytes a thread; in ConvS5 no thread waits for another between steps."""
+    program = Path(__file__).with_name("record_linear_launches.py")
+    done = subprocess.run([sys.executable, program, "90"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    convs5 = {row["kernel"]: row["loops"] for row in rows if row["case"] == "state of ConvS5"}
+    assert convs5 == {"scan_kernel": [0], "gradient_kernel": [0]}
+    assert len(rows) == 8
+    for row in rows:
+        assert row["stores"]
+        assert all(".v4." in store for store in row["stores"]), row
 
 
 def test_triton_without_an_initial_state(device):
