@@ -78,6 +78,39 @@ def test_an_uncompressed_file_cut_short_is_refused(tmp_path):
         read_volume(tmp_path / "cut.nii")
 
 
+def test_a_compressed_file_with_a_wrong_byte_is_refused(tmp_path):
+    path = save(tmp_path / "damaged.nii.gz", np.random.default_rng(0).integers(0, 255, (20, 20, 20)).astype(np.uint8))
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1  # of the checksum: the voxels decompress without complaint
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged\.nii\.gz is truncated or damaged \(CRC check failed"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("kind", [np.dtype(np.complex64), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])])
+def test_colours_and_complex_numbers_are_refused(tmp_path, kind):
+    with pytest.raises(ValueError, match="a volume has one real number in each"):
+        read_volume(save(tmp_path / "map.nii.gz", np.zeros((2, 2, 2), kind)))
+
+
+@pytest.mark.parametrize("size", [0, -2])
+def test_a_volume_without_voxels_is_refused(tmp_path, size):
+    path = save(tmp_path / "empty.nii", np.zeros((2, 2, 2), np.uint8))
+    content = bytearray(path.read_bytes())
+    content[42:44] = size.to_bytes(2, sys.byteorder, signed=True)  # dim[1]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"has no voxels: its sizes are \({size}, 2, 2\)"):
+        read_volume(path)
+
+
+def test_a_volume_in_other_units_is_refused(tmp_path):
+    image = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), AFFINE)
+    image.header.set_xyzt_units("micron")
+    nibabel.save(image, tmp_path / "mouse.nii")
+    with pytest.raises(ValueError, match="is in micrometres; write its spacing in millimetres"):
+        read_volume(tmp_path / "mouse.nii")
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_voxels_that_are_no_numbers_are_refused(tmp_path, bad):
     voxels = np.zeros((3, 3, 3), np.float32)

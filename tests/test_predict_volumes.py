@@ -231,6 +231,24 @@ def test_a_truncated_slice_is_refused(tmp_path, kept):
         read_series(series)
 
 
+@pytest.mark.parametrize(
+    ("written", "damage", "message"),
+    [
+        (b"PixelSpacing", b"1.5\\x.75", "as its PixelSpacing, which is 2 numbers"),
+        (b"SeriesInstanceUID", b"\x20\x00\x0e\x00U?", "Unknown Value Representation"),
+        (b"RescaleSlope", b"x.5 ", "cannot be read"),
+    ],
+)
+def test_a_damaged_entry_is_of_its_file(tmp_path, written, damage, message):
+    series = save_series(tmp_path / "series", truth())
+    whole = (series / "003.dcm").read_bytes()
+    entries = {b"PixelSpacing": b"1.5\\0.75", b"SeriesInstanceUID": b"\x20\x00\x0e\x00UI", b"RescaleSlope": b"0.5 "}
+    assert whole.count(entries[written]) == 1
+    (series / "003.dcm").write_bytes(whole.replace(entries[written], damage))
+    with pytest.raises(ValueError, match=rf"003\.dcm .*{message}"):
+        read_series(series)
+
+
 def test_a_missing_slice_is_noticed(tmp_path):
     series = save_series(tmp_path / "series", truth())
     edited(series)
@@ -419,6 +437,7 @@ def test_what_cannot_be_predicted_is_one_line(bands, folder, tmp_path, capsys):
     assert "is the image itself" in refused(capsys, *command, image, image, "--overwrite")
     assert "must end in .nii" in refused(capsys, *command, image, tmp_path / "out.png")
     assert "cannot write to" in refused(capsys, *command, folder, bands / "out")
+    assert "cannot write to /proc" in refused(capsys, *command, image, "/proc/out.nii.gz")
     assert "axes x, y and z" in refused(capsys, *command, image, tmp_path / "out.nii", "--flips", "up")
     save(tmp_path / "out.nii", np.zeros((2, 2, 2)))
     assert "--overwrite" in refused(capsys, *command, image, tmp_path / "out.nii")

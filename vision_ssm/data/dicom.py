@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.misc import is_dicom
 from pydicom.pixels.processing import apply_modality_lut
 
@@ -14,7 +14,19 @@ __all__ = ["read_series", "series_files"]
 
 UNEVEN = 0.05  # of the step between slices; rounded positions differ by far less, a missing slice by 1
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM counts millimetres to the left and back, NIfTI to the right and front
-PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+PLACE = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}  # and how many numbers each has
+NEEDED = ("PixelData", "Rows", "Columns", "SeriesInstanceUID", *PLACE)
+USED = (*NEEDED, "SpacingBetweenSlices", "SliceThickness", "NumberOfFrames", "SamplesPerPixel")
+DAMAGED = (
+    InvalidDicomError,
+    BytesLengthException,
+    EOFError,
+    OSError,
+    AttributeError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+)
 
 
 def series_files(folder: Path) -> list[Path]:
@@ -66,19 +78,32 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def read_file(path: Path) -> pydicom.Dataset:
     try:
-        return pydicom.dcmread(path)
-    except (InvalidDicomError, EOFError, OSError, ValueError) as error:
+        item = pydicom.dcmread(path)
+        for name in USED:
+            item.get(name)  # which decodes it, so that the error of a damaged one is of this file
+        return item
+    except DAMAGED as error:
         raise ValueError(f"{path} is truncated or no DICOM file ({error}); export the series again") from error
 
 
 def require_slice(item: pydicom.Dataset) -> None:
     """Raises ValueError unless a file is one grey slice with a place in space."""
-    missing = [name for name in ("PixelData", "Rows", "Columns", "SeriesInstanceUID", *PLACE) if not item.get(name)]
+    missing = [name for name in NEEDED if not item.get(name)]
     if missing:
         raise ValueError(
             f"{item.filename} has no {', '.join(missing)}: it is truncated or no slice of a volume; export the series "
             "again, or take the file out"
         )
+    for name, count in PLACE.items():
+        try:
+            numbers = [float(value) for value in item[name]]
+        except (TypeError, ValueError):
+            numbers = []
+        if len(numbers) != count or not np.isfinite(numbers).all():
+            raise ValueError(
+                f"{item.filename} has {item[name].value!r} as its {name}, which is {count} numbers; export the series "
+                "again, or take the file out"
+            )
     if int(item.get("NumberOfFrames") or 1) > 1 or int(item.get("SamplesPerPixel") or 1) > 1:
         raise ValueError(f"{item.filename} holds several frames or colours; convert it to NIfTI first")
 
@@ -131,6 +156,6 @@ def rescaled(item: pydicom.Dataset) -> np.ndarray:
     """
     try:
         pixels = apply_modality_lut(item.pixel_array, item)
-    except (AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
+    except DAMAGED as error:
         raise ValueError(f"the pixels of {item.filename} cannot be read ({error}); export the series again") from error
     return pixels.astype(np.float32).T

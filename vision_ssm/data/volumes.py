@@ -1,6 +1,7 @@
 """NIfTI volumes as MONAI dictionaries, checked while loading so that bad data stops before training starts."""
 # Shapes: c channels, x y z the grid of a volume in the file's order.
 
+import gzip
 import math
 import warnings
 import zlib
@@ -20,6 +21,7 @@ from torch.utils.data import Dataset
 __all__ = ["AxialSlices", "LoadVolumed", "NeighbourSlicesd", "read_channels", "read_volume"]
 
 AFFINE_TOLERANCE = 1e-3  # mm; what float32 headers of the same grid differ by is far smaller
+OTHER_UNITS = {1: "metres", 3: "micrometres"}  # by their code in a header; files in millimetres often leave it 0
 
 
 def read_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -27,8 +29,8 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no NIfTI, is truncated, is not three-dimensional, has an axis without spacing, or holds
-            NaN or infinite voxels.
+        ValueError: the file is no NIfTI, is truncated or damaged, is not three-dimensional, has an axis without spacing
+            or one not in millimetres, or holds no voxels, colours, complex numbers, NaN or infinite voxels.
     """
     image = open_volume(Path(path))
     if len(image.shape) != 3:
@@ -72,6 +74,12 @@ def open_volume(path: Path) -> Any:
         raise ValueError(f"{path} is not a readable NIfTI file ({error}); give a .nii or .nii.gz file") from error
     if not isinstance(image, nibabel.Nifti1Pair):
         raise ValueError(f"{path} is a {type(image).__name__}, not a NIfTI file; convert it to .nii.gz first")
+    if min(image.shape, default=0) < 1:
+        raise ValueError(f"{path} has no voxels: its sizes are {image.shape}; copy or convert it again")
+    if (kind := image.get_data_dtype()).kind not in "iuf":
+        raise ValueError(f"{path} holds voxels of {kind}; a volume has one real number in each. Save one grey channel")
+    if unit := OTHER_UNITS.get(int(image.header["xyzt_units"]) % 8):
+        raise ValueError(f"{path} is in {unit}; write its spacing in millimetres, and that unit, into its header")
     spacing = (*written_spacing(image), *np.linalg.norm(image.affine[:3, :3], axis=0).tolist())
     if not all(math.isfinite(step) and step > 0 for step in spacing):
         raise ValueError(
@@ -91,11 +99,20 @@ def written_spacing(image: Any) -> tuple[float, ...]:
 def voxels_of(image: Any, path: str | Path) -> np.ndarray:
     try:
         voxels: np.ndarray = image.get_fdata(dtype=np.float32, caching="unchanged")
+        if Path(path).suffix == ".gz":
+            read_checksum(Path(path))
     except (EOFError, zlib.error, OSError, ValueError) as error:
         raise ValueError(f"{path} is truncated or damaged ({error}); copy or download it again") from error
     if bad := int(voxels.size - np.isfinite(voxels).sum()):
         raise ValueError(f"{path} holds {bad} NaN or infinite voxels of {voxels.size}; replace them before use")
     return voxels
+
+
+def read_checksum(path: Path) -> None:
+    """Reads a gzip file to its end, where its checksum is; nibabel stops at the last voxel. OSError if it is wrong."""
+    with gzip.open(path) as file:
+        while file.read(1 << 20):
+            pass
 
 
 def require_channels(source: object, found: int, expected: int) -> None:

@@ -92,6 +92,7 @@ def predict_file(
 
     Raises:
         FileExistsError: an output exists and ``overwrite`` is off.
+        PermissionError: the folder of ``target`` cannot be written.
         FileNotFoundError, ValueError: the volume is missing or unreadable or several, ``target`` is no NIfTI name, or
             its folder is missing.
     """
@@ -104,6 +105,7 @@ def predict_file(
         raise FileExistsError(f"{' and '.join(existing)} exist; choose another output or pass --overwrite")
     if target.resolve() == source.resolve():
         raise ValueError(f"output {target} is the image itself; choose another")
+    make_folders(target.parent, [outputs])
     case, *others = find_cases(source, predictor.modalities)
     if others:
         raise ValueError(f"{source} holds {len(others) + 1} cases; give a folder instead of {target} for their labels")
