@@ -154,6 +154,19 @@ def test_unknown_actions_have_an_embedding_of_their_own():
     assert_close(model(frame)[0], model(frame, torch.tensor([[0]]))[0])
 
 
+@torch.no_grad()
+def test_compilation_and_export_see_the_whole_model():
+    """Without a break; the operator of the scan is one node."""
+    model = small(actions=3, layers=1, encoder=(32,), decoder=(32,))
+    clip, actions = torch.rand(1, 3, 1, 4, 4) * 2 - 1, torch.tensor([[0, 2, -1]])
+    wanted, state = model(clip, actions)
+    compiled, _ = torch.compile(model, backend="aot_eager", fullgraph=True)(clip, actions)
+    assert_close(compiled, wanted)
+    exported = torch.export.export(model, (clip, actions, state))
+    assert_close(exported.module()(clip, actions, state)[0], model(clip, actions, state)[0])
+    assert sum("linear_scan" in str(node.target) for node in exported.graph.nodes) == 1
+
+
 def test_mixed_precision_is_finite():
     model = small()
     clip = torch.rand(1, 6, 1, 8, 8) * 2 - 1
