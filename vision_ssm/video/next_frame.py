@@ -13,10 +13,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-EPS = 1e-6  # of every norm
-
-State = tuple[Tensor, ...]
-"""What the layers over time remember."""
+from vision_ssm.layers.convs5 import EPS, State
 
 GROUPS = 32  # of the norms in encoder and decoder
 MASKED = -1  # the action of a frame whose action is not known
