@@ -111,6 +111,15 @@ def test_a_volume_in_other_units_is_refused(tmp_path):
         read_volume(tmp_path / "mouse.nii")
 
 
+def test_a_volume_whose_axes_lie_in_one_plane_is_refused(tmp_path):
+    path = save(tmp_path / "flat.nii", np.zeros((2, 2, 2), np.uint8))
+    content = bytearray(path.read_bytes())
+    content[280:328] = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]], np.float32).tobytes()  # srow_x, _y, _z
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="three axes in one plane"):
+        read_volume(path)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_voxels_that_are_no_numbers_are_refused(tmp_path, bad):
     voxels = np.zeros((3, 3, 3), np.float32)

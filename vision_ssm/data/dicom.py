@@ -96,12 +96,12 @@ def require_slice(item: pydicom.Dataset) -> None:
         )
     for name, count in PLACE.items():
         try:
-            numbers = [float(value) for value in item[name]]
+            numbers = [float(value) for value in item.get(name)]
         except (TypeError, ValueError):
             numbers = []
         if len(numbers) != count or not np.isfinite(numbers).all():
             raise ValueError(
-                f"{item.filename} has {item[name].value!r} as its {name}, which is {count} numbers; export the series "
+                f"{item.filename} has {item.get(name)!r} as its {name}, which is {count} numbers; export the series "
                 "again, or take the file out"
             )
     if int(item.get("NumberOfFrames") or 1) > 1 or int(item.get("SamplesPerPixel") or 1) > 1:

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 __all__ = ["AxialSlices", "LoadVolumed", "NeighbourSlicesd", "read_channels", "read_volume"]
 
 AFFINE_TOLERANCE = 1e-3  # mm; what float32 headers of the same grid differ by is far smaller
+FLAT = 1e-3  # volume that the unit vectors along the three axes span, at least; of right angles it is 1
 OTHER_UNITS = {1: "metres", 3: "micrometres"}  # by their code in a header; files in millimetres often leave it 0
 
 
@@ -76,7 +77,7 @@ def open_volume(path: Path) -> Any:
         raise ValueError(f"{path} is a {type(image).__name__}, not a NIfTI file; convert it to .nii.gz first")
     if min(image.shape, default=0) < 1:
         raise ValueError(f"{path} has no voxels: its sizes are {image.shape}; copy or convert it again")
-    if (kind := image.get_data_dtype()).kind not in "iuf":
+    if (kind := np.dtype(image.get_data_dtype())).kind not in "iuf":
         raise ValueError(f"{path} holds voxels of {kind}; a volume has one real number in each. Save one grey channel")
     if unit := OTHER_UNITS.get(int(image.header["xyzt_units"]) % 8):
         raise ValueError(f"{path} is in {unit}; write its spacing in millimetres, and that unit, into its header")
@@ -85,6 +86,11 @@ def open_volume(path: Path) -> Any:
         raise ValueError(
             f"{path} has a spacing of zero: pixdim {spacing[:3]} mm, affine {spacing[3:]} mm; write the true spacing "
             "into its header"
+        )
+    if abs(np.linalg.det(image.affine[:3, :3] / spacing[3:])) < FLAT:
+        raise ValueError(
+            f"{path} has its three axes in one plane: affine {image.affine.tolist()}; write the true directions into "
+            "its header"
         )
     return image
 

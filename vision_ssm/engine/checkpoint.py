@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from torch import Tensor, nn
 from vision_ssm._version import __version__
 from vision_ssm.model_zoo.checkpoints import misfits
 
-__all__ = ["latest_checkpoint", "load_into", "read_state", "save_weights", "write_atomically", "write_json"]
+__all__ = [
+    "latest_checkpoint",
+    "load_into",
+    "make_writable",
+    "read_state",
+    "save_weights",
+    "write_atomically",
+    "write_json",
+]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -33,6 +42,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def make_writable(folder: Path) -> None:
+    """Makes a folder if need be; raises PermissionError, before any work is done, if nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(f"cannot write to {folder} ({error.strerror}); choose another folder") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

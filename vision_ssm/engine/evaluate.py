@@ -1,5 +1,6 @@
 """Metrics of a trained network on its config's test set, and of label maps against the truth."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from mmengine.model import BaseModel
 from rich.console import Console
 from rich.progress import track
 
-from vision_ssm.engine.checkpoint import load_into, read_state, write_json
+from vision_ssm.engine.checkpoint import load_into, make_writable, read_state, write_json
 from vision_ssm.engine.config import build, config_name
 from vision_ssm.engine.figures import overlays, save_figure
 from vision_ssm.engine.metrics import HD95, Dice
@@ -112,6 +113,7 @@ def require_output(out: Path | None) -> None:
         raise ValueError(f"output {out} must end in .json; a table (.csv) and a figure (.png) are written beside it")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {out.parent}; create it first")
+    make_writable(out.parent)
 
 
 def score_samples(
@@ -132,7 +134,10 @@ def score_samples(
 
     Raises:
         FileNotFoundError, ValueError: a case cannot be loaded; means without it would flatter or blame.
+        ValueError: ``tolerance`` is no distance.
     """
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance must be millimetres from 0 up, and finite; got {tolerance}")
     scores, held = [], []
     for sample in track(samples, "scoring", console=console, disable=not console.is_terminal):
         case = sample.load()

@@ -16,7 +16,7 @@ from rich.progress import track
 
 from vision_ssm.data.dicom import read_series
 from vision_ssm.engine.cases import Case, find_cases, nifti_suffix
-from vision_ssm.engine.checkpoint import write_atomically
+from vision_ssm.engine.checkpoint import make_writable, write_atomically
 from vision_ssm.engine.figures import overlays, save_figure, upright
 from vision_ssm.engine.predictor import Predictor
 
@@ -193,13 +193,8 @@ def require_own(predictor: Predictor, maps: Iterable[Path]) -> None:
 
 
 def make_folders(folder: Path, outputs: Iterable[Outputs]) -> None:
-    try:
-        for needed in {folder, *(path.parent for one in outputs for path in one.maps())}:
-            needed.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise PermissionError(f"cannot write to {folder} ({error.strerror}); choose another folder") from error
+    for needed in dict.fromkeys([folder, *(path.parent for one in outputs for path in one.maps())]):
+        make_writable(needed)
 
 
 def write_case(predictor: Predictor, case: Case, outputs: Outputs) -> list[dict[str, Any]]:

@@ -140,6 +140,7 @@ def folder_samples(config: Config, predictions: Path, truth: Path, images: Path 
 
     Raises:
         FileNotFoundError: a folder is missing or has no NIfTI files, or a prediction or image is missing.
+        ValueError: a folder holds NAME.nii and NAME.nii.gz.
     """
     predicted, true = label_files(predictions), label_files(truth)
     shown = {} if images is None else {c.name: c.images()[0] for c in find_cases(images, config.get("modalities", ()))}
@@ -164,7 +165,10 @@ def label_files(folder: Path) -> dict[str, Path]:
     files = [path for path in sorted(folder.iterdir()) if nifti_suffix(path) and not path.name.startswith(".")]
     if not files:
         raise FileNotFoundError(f"{folder} has no label maps (.nii or .nii.gz)")
-    return {stem(path): path for path in files}
+    named = {stem(path): path for path in files}
+    if twice := sorted(path.name for path in files if path not in named.values()):
+        raise ValueError(f"{folder} holds two label maps of one case, such as {', '.join(twice)}; leave one of each")
+    return named
 
 
 def pair_of(predicted: Path, classes: Values, true: Path, values: Values, shown: Path | None) -> Volumes:
