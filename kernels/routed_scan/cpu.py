@@ -1,10 +1,10 @@
 """Routed scan on the CPU: the plain composition, channels-last throughout, with its backward written out."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import compute_dtype
+from ..recurrence import softplus
 from ..selective_scan.cpu import scan, scan_backward
 
 
@@ -40,7 +40,7 @@ def forward(
     dtype = compute_dtype(x, A)
     wide, low_rank, dt_weight, dt_bias, A, D = (m.to(dtype) for m in (x, low_rank, dt_weight, dt_bias, A, D))
     u, _, raw, B, C = _sequences(wide, low_rank, dt_weight, dt_bias, A.shape[-1], index)
-    y, _ = scan(u, F.softplus(raw), A, B, C, None)
+    y, _ = scan(u, softplus(raw), A, B, C, None)
     return _merge(y.addcmul_(u, D[:, None]), index, x.shape[1]).to(x.dtype)
 
 
@@ -53,7 +53,7 @@ def backward(
     u, dt, raw, B, C = _sequences(x, low_rank, dt_weight, dt_bias, A.shape[-1], index)
     dy = _gather(dy, index)
     dlast = dy.new_zeros(dy.shape[0], *A.shape)
-    du, ddelta, dA, dB, dC, _ = scan_backward(dy, dlast, u, F.softplus(raw), A, B, C, None)
+    du, ddelta, dA, dB, dC, _ = scan_backward(dy, dlast, u, softplus(raw), A, B, C, None)
     du.addcmul_(dy, D[:, None])
     draw = ddelta * torch.sigmoid(raw)
 

@@ -5,11 +5,10 @@
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import compute_dtype
-from ..recurrence import adjoint_scan_, scan_
+from ..recurrence import adjoint_scan_, scan_, softplus
 
 
 def _states(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, initial: Tensor | None, i: int) -> tuple[Tensor, Tensor]:
@@ -71,10 +70,10 @@ def _channels_first(m: Tensor) -> Tensor:
     return m.transpose(2, 3).flatten(1, 2).contiguous()
 
 
-def _step_size(delta: Tensor, bias: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor]:
+def _step_size(delta: Tensor, bias: Tensor | None, delta_softplus: bool) -> tuple[Tensor, Tensor]:
     """Δ before and after softplus, from (b, g, l, w) and (g*w,)."""
     raw = delta if bias is None else delta + bias.to(delta.dtype).view(delta.shape[1], 1, -1)
-    return raw, F.softplus(raw) if softplus else raw
+    return raw, softplus(raw) if delta_softplus else raw
 
 
 def forward(

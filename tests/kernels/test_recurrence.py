@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from vision_ssm.kernels import recurrence
+from vision_ssm.kernels.recurrence import softplus
 
 
 @pytest.fixture(params=["numba", "torch"])
@@ -41,3 +42,12 @@ def test_adjoint_is_the_transpose(rows, length, width, numba):
         assert_close(forward, (b * recurrence.adjoint_scan_(a, c.clone())).sum())
     finally:
         recurrence.HAS_NUMBA = before
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-7), (torch.float64, 1e-15)], ids=str)
+def test_softplus(dtype, tolerance):
+    x = torch.cat([torch.linspace(-80, 80, 4001), torch.tensor([0.0, 1e-30, -1e4])]).to(dtype)
+    want = torch.nn.functional.softplus(x.double(), threshold=1e9)
+    assert_close(softplus(x).double(), want, rtol=tolerance, atol=0)
+    extreme = softplus(torch.tensor([float("-inf"), 1e4, float("inf"), float("nan")], dtype=dtype))
+    assert_close(extreme, torch.tensor([0.0, 1e4, float("inf"), float("nan")], dtype=dtype), equal_nan=True)
