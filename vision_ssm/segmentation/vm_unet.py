@@ -97,7 +97,7 @@ class VMUNet(nn.Module):
                 WithoutSkip(PatchExpanding2d(dims[0], dims[0] // 4, 4)),
                 *(
                     Up(PatchExpanding2d(coarse, dim, 2), stage.blocks)
-                    for (dim, coarse), stage in zip(pairwise(dims), decoder.stages, strict=False)
+                    for (dim, coarse), stage in zip(pairwise(dims), decoder.stages[:-1], strict=True)
                 ),
             ],
             [dims[0] // 4, *dims[:-1]],
