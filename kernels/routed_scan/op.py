@@ -86,8 +86,8 @@ def _check(
     if x.dim() < 3 or (grid and x.dim() != 3):
         raise ValueError(f"{op}: x must have shape (batch, *grid, channels); got {tuple(x.shape)}")
     decoded = decode(routes, len(_grid(x, grid)))
-    axes = {"cells": math.prod(grid)} if grid else {f"grid{axis}": size for axis, size in enumerate(x.shape[1:-1])}
-    cells = {"batch": x.shape[0], **axes}
+    on_grid = {f"grid{axis}": size for axis, size in enumerate(x.shape[1:-1])}
+    cells = {"batch": x.shape[0], **({"cells": math.prod(grid)} if grid else on_grid)}
     count, rank, state, channels = len(decoded), dt_weight.shape[-1], A.shape[-1], x.shape[-1]
     check_shape(op, "x", x, {**cells, "channels": channels})
     if low_rank.shape[-1] == rank + 2 * state and disjoint(decoded):
