@@ -17,6 +17,7 @@ from vision_ssm.layers.convs5 import (
     ResNetOutput,
     StandardOutput,
     TemporalStack,
+    discrete,
     hippo_legs,
 )
 
@@ -294,3 +295,17 @@ def test_bad_input_is_refused():
         ConvSSM(4, state=7)
     with pytest.raises(ValueError, match="kernels must be odd"):
         ConvSSM(4, state=6, kernels=(2, 3))
+
+
+def test_a_discrete_twin_computes_the_same_and_shares_what_it_can():
+    stack = TemporalStack(ConvS5Layer(ConvS5(4, state=6, output=partial(ResNetOutput, groups=2))) for _ in range(2))
+    twin = discrete(stack)
+    u = torch.randn(3, 2, 4, 5, 4)
+    y, state = stack(u)
+    assert_close(twin(u), (y, state))
+    assert_close(twin(u, state), stack(u, state))
+    first, first_twin = (m.layers[0] for m in (stack, twin))
+    assert isinstance(first.mixer.ssm, ConvSSM) and not isinstance(first_twin.mixer.ssm, ConvSSM)
+    assert first.mixer.output is first_twin.mixer.output
+    assert not any(m.requires_grad for m in first_twin.mixer.ssm.buffers())
+    assert discrete(first.norm) is first.norm

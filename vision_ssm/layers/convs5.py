@@ -8,9 +8,11 @@ compilation work, and exp(λΔ) - 1 is taken without cancellation.
 # Shapes: t frames, b clips, h rows, w columns, c channels, p complex states: half of the real size; the other half of
 # the spectrum is its conjugate and is not stored. A complex tensor ends in a pair, as torch.view_as_real makes it.
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,8 @@ EPS = 1e-6  # of every norm
 LARGEST_REAL = -1e-4  # of an eigenvalue, where they are clipped
 
 GELU = partial(nn.GELU, approximate="tanh")
+
+_M = TypeVar("_M", bound=nn.Module)
 
 
 def hippo_legs(state: int, blocks: int = 1) -> tuple[Tensor, Tensor]:
@@ -137,27 +141,68 @@ class ConvSSM(nn.Module):
         kernel = _times(_times(moved, inverse)[:, None, None, None], self.B.to(wide))
         return decay, kernel.movedim(-1, 1).flatten(0, 1)
 
-    def forward(self, u: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        frames, clips, *grid = check_clip(u, self.dim)
-        shape = (clips, *grid, self.log_step.numel(), 2)
-        if state is not None and tuple(state.shape) != shape:
-            raise ValueError(
-                f"the state must have shape {shape} (clips, height, width, complex states, 2); "
-                f"got {tuple(state.shape)}. Pass a state that this layer returned for maps of this size"
-            )
-        if reset is not None and (reset.shape != (frames, clips) or reset.dtype != torch.bool):
-            raise ValueError(
-                f"reset must be boolean of shape {(frames, clips)}; got {reset.dtype} {tuple(reset.shape)}"
-            )
-        decay, kernel = self.discretise()
-        inward = _convolve(u.flatten(0, 1), kernel).reshape(frames, *shape)
-        x, last = linear_scan(decay, inward, initial_state=state, resets=reset, pairs=True)
-        return self.read(x.flatten(0, 1)).reshape(u.shape), last
-
-    def read(self, x: Tensor) -> Tensor:
-        """y = 2 Re(C * x) of states (n, h, w, p, 2): (n, h, w, c)."""
+    def readout(self) -> Tensor:
+        """The kernel of 2 Re(C * x), (c, 2 p, k, k): real and imaginary parts are channels in turn."""
         re, im = self.C.unbind(-1)
-        return _convolve(x.flatten(-2), torch.stack([2 * re, -2 * im], dim=2).flatten(1, 2))
+        return torch.stack([2 * re, -2 * im], dim=2).flatten(1, 2)
+
+    def forward(self, u: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _recur(u, state, reset, *self.discretise(), self.readout())
+
+
+class DiscreteConvSSM(nn.Module):
+    """A :class:`ConvSSM` discretised once, from its weights as they are now; it neither learns nor follows them.
+
+    Shapes: as there.
+    """
+
+    decay: Tensor
+    inward: Tensor
+    outward: Tensor
+
+    @torch.no_grad()
+    def __init__(self, ssm: ConvSSM) -> None:
+        super().__init__()
+        decay, inward = ssm.discretise()
+        self.register_buffer("decay", decay)
+        for name, kernel in {"inward": inward.to(ssm.B.dtype), "outward": ssm.readout()}.items():
+            self.register_buffer(name, kernel.contiguous(memory_format=torch.channels_last))  # as the maps are
+
+    def forward(self, u: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _recur(u, state, reset, self.decay, self.inward, self.outward)
+
+
+def discrete(module: _M) -> _M:
+    """The module with every :class:`ConvSSM` in it discretised, for rollouts: each frame would do so anew.
+
+    Modules that hold one are copied; all else, weights too, is shared with ``module``, which stays as it is.
+    """
+    if not any(isinstance(part, ConvSSM) for part in module.modules()):
+        return module
+    twin = copy.copy(module)
+    twin._modules = {
+        name: DiscreteConvSSM(part) if isinstance(part, ConvSSM) else part and discrete(part)
+        for name, part in module._modules.items()
+    }
+    return twin
+
+
+def _recur(
+    u: Tensor, state: Tensor | None, reset: Tensor | None, decay: Tensor, inward: Tensor, outward: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The clip through kernel, recurrence and kernel; see :class:`ConvSSM` for shapes and errors."""
+    frames, clips, *grid = check_clip(u, outward.shape[0])
+    shape = (clips, *grid, len(decay), 2)
+    if state is not None and tuple(state.shape) != shape:
+        raise ValueError(
+            f"the state must have shape {shape} (clips, height, width, complex states, 2); "
+            f"got {tuple(state.shape)}. Pass a state that this layer returned for maps of this size"
+        )
+    if reset is not None and (reset.shape != (frames, clips) or reset.dtype != torch.bool):
+        raise ValueError(f"reset must be boolean of shape {(frames, clips)}; got {reset.dtype} {tuple(reset.shape)}")
+    entering = _convolve(u.flatten(0, 1), inward).reshape(frames, *shape)
+    x, last = linear_scan(decay, entering, initial_state=state, resets=reset, pairs=True)
+    return _convolve(x.flatten(0, 1).flatten(-2), outward).reshape(u.shape), last
 
 
 class ResNetOutput(nn.Module):
