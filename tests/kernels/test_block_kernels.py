@@ -1,0 +1,79 @@
+"""The Gluon kernels of the routed scan against its reference, on a CPU; a GPU runs them in test_routed_scan.py."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vision_ssm.kernels import ATROUS, BIDIRECTIONAL, CROSS, ROW
+
+pytest.importorskip("triton")
+from vision_ssm.kernels.routed_scan import gpu_blocks
+from vision_ssm.kernels.routed_scan.cases import Case, make_inputs
+from vision_ssm.kernels.routed_scan.reference import routed_scan_ref
+from vision_ssm.kernels.routes import index_table
+
+if not gpu_blocks.HAS_GLUON:
+    pytest.skip("this Triton has no Gluon", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("carry_kernel and merge_kernel run in Triton's interpreter here", allow_module_level=True)
+
+KERNELS = ("walk_kernel", "pair_kernel", "gradient_kernel")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def machine():
+    """The kernels as ``gluon_by_torch`` runs them."""
+    spec = importlib.util.spec_from_file_location("gluon_by_torch", Path(__file__).with_name("gluon_by_torch.py"))
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module.kernels()
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(autouse=True)
+def without_gpu(machine, monkeypatch):
+    for name in KERNELS:
+        monkeypatch.setattr(gpu_blocks, name, getattr(machine, name))
+    monkeypatch.setattr(gpu_blocks._Launcher, "__call__", launch)
+    gpu_blocks._cached_call.cache_clear()
+    yield
+    gpu_blocks._cached_call.cache_clear()
+
+
+def launch(self, *tensors):
+    """As the first launch does; nothing is compiled that could be kept."""
+    self.function[self.grid](*tensors, *self.numbers, **self.constants)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "units", "scratch"),
+    [
+        pytest.param(Case(2, (5, 7), 96, 1, 6, CROSS), torch.float16, 1, 2**30, id="pairs"),
+        pytest.param(Case(1, (12, 11), 64, 1, 12, CROSS), torch.bfloat16, 8, 2**30, id="pairs, cut"),
+        pytest.param(Case(2, (6, 4), 40, 1, 2, BIDIRECTIONAL), torch.float16, 1, 2**30, id="one pair, ragged channels"),
+        pytest.param(Case(10, (3, 3), 8, 1, 2, CROSS), torch.float16, 1, 2**10, id="in parts"),
+        pytest.param(Case(1, (2, 4), 8, 1, 4, ATROUS, shared=True), torch.float16, 1, 2**30, id="shared columns"),
+        pytest.param(Case(2, (4, 6), 64, 1, 48, ATROUS), torch.float16, 1, 2**30, id="direct"),
+        pytest.param(Case(1, (4, 4), 8, 1, 2, (ROW,)), torch.float16, 1, 2**30, id="one route"),
+        pytest.param(Case(1, (4, 4), 8, 1, 2, CROSS[:3]), torch.float16, 1, 2**30, id="no pairs"),
+        pytest.param(Case(1, (6, 12), 32, 4, 6, BIDIRECTIONAL), torch.bfloat16, 4, 2**30, id="several states, cut"),
+    ],
+)
+def test_values_and_gradients(case, dtype, units, scratch, monkeypatch):
+    monkeypatch.setattr(gpu_blocks, "multiprocessors", lambda device: units)
+    monkeypatch.setattr(gpu_blocks, "_SCRATCH", {"forward": scratch, "backward": scratch})
+    inputs = list(make_inputs(case, dtype, CPU).values())
+    y = gpu_blocks.forward(*inputs, case.routes)
+    dy = torch.randn(y.shape).to(dtype)
+    grads = gpu_blocks.backward(dy, *inputs, case.routes)
+
+    leaves = [m.double().requires_grad_() for m in inputs]
+    flat = leaves[0].flatten(1, -2), leaves[1].flatten(1, -2)
+    expected = routed_scan_ref(*flat, *leaves[2:], index_table(case.routes, case.grid, CPU)).view(y.shape)
+    tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    for found, wanted in zip((y, *grads), (expected, *torch.autograd.grad(expected, leaves, dy.double())), strict=True):
+        assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
