@@ -4,6 +4,16 @@ from vision_ssm.video.conv_lstm import ConvLSTM
 from vision_ssm.video.convs5 import convs5_stack
 from vision_ssm.video.models import MODELS
 from vision_ssm.video.next_frame import NextFrame, pixel_loss
+from vision_ssm.video.rollout import CapturedStep, Rollout
 from vision_ssm.video.transformer import FrameTransformer
 
-__all__ = ["MODELS", "ConvLSTM", "FrameTransformer", "NextFrame", "convs5_stack", "pixel_loss"]
+__all__ = [
+    "MODELS",
+    "CapturedStep",
+    "ConvLSTM",
+    "FrameTransformer",
+    "NextFrame",
+    "Rollout",
+    "convs5_stack",
+    "pixel_loss",
+]

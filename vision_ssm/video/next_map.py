@@ -1,0 +1,125 @@
+"""What follows each map of a clip: layers over time between an encoder and a decoder of single maps, with actions."""
+
+# Shapes: b clips, t maps in time, h rows, w columns, c channels of the layers. A map is a frame of pixels or of codes;
+# "..." stands for its axes.
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from vision_ssm.layers.convs5 import State
+
+MASKED = -1  # the action of a map whose action is not known
+
+
+class NextMap(nn.Module, ABC):
+    """Predicts what follows each map of a clip.
+
+    Training takes whole clips at once; a rollout feeds each map that is predicted back, and nothing but the state of
+    the layers is remembered.
+
+    Args:
+        stack: the layers over time: from inputs (t, b, h', w', c), a state or none, and resets (t, b) or none to
+            outputs of the inputs' shape and the last state, a tuple of tensors.
+        encoder: from maps (n, ...) to features (n, width, h', w').
+        decoder: from outputs (n, c, h', w') to predictions (n, ...).
+        width: channels of the features.
+        dim: channels c of the layers.
+        actions: number of actions; 1 where there are none.
+        action_dim: width of an action's embedding.
+
+    Shapes: maps (b, t, ...) -> a prediction of the map that follows each, (b, t, ...), and the last state. ``actions``
+    (b, t) are those that lead to the maps that follow, from 0 to ``actions`` - 1, or -1 for unknown; all 0 by default.
+    ``state`` goes on from an earlier part of the clip. ``reset`` (b, t) is true where a new clip begins.
+
+    Raises:
+        ValueError: sizes that do not fit, maps or actions out of shape, an action out of range, a foreign state.
+    """
+
+    def __init__(
+        self,
+        stack: nn.Module,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        *,
+        width: int,
+        dim: int,
+        actions: int = 1,
+        action_dim: int = 1,
+    ) -> None:
+        super().__init__()
+        if min(actions, action_dim) < 1:
+            raise ValueError(
+                f"actions and action_dim must be at least 1; got actions={actions}, action_dim={action_dim}"
+            )
+        self.actions = actions
+        self.encoder = encoder
+        self.action = nn.Embedding(actions + 1, action_dim)  # the last row is the unknown action
+        self.join = nn.Conv2d(width + action_dim, dim, 1)
+        self.stack = stack
+        self.decoder = decoder
+
+    @abstractmethod
+    def check_maps(self, maps: Tensor) -> None:
+        """Raises ValueError unless the maps (b, t, ...) fit the model."""
+
+    def forward(
+        self,
+        maps: Tensor,
+        actions: Tensor | None = None,
+        state: State | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        self.check(maps, actions)
+        return self.predict(maps, actions, state, reset)
+
+    def predict(
+        self,
+        maps: Tensor,
+        actions: Tensor | None = None,
+        state: State | None = None,
+        reset: Tensor | None = None,
+        *,
+        last: bool = False,
+    ) -> tuple[Tensor, State]:
+        """As ``forward``, of what is known to fit; with ``last`` only what follows the last map, (b, 1, ...)."""
+        clips, length = maps.shape[:2]
+        x = self.encoder(maps.transpose(0, 1).flatten(0, 1))
+        if actions is None:
+            embedded = self.action.weight[:1].expand(len(x), -1)
+        else:
+            embedded = self.action((actions.T.flatten() % (self.actions + 1)).long())  # -1 is the last row
+        x = self.join(torch.cat([x, embedded[..., None, None].expand(-1, -1, *x.shape[2:])], dim=1))
+        x = x.movedim(1, -1).unflatten(0, (length, clips))
+        x, state = self.stack(x, state, None if reset is None else reset.T)
+        if last:
+            x = x[-1:]
+        y = self.decoder(x.flatten(0, 1).movedim(-1, 1))
+        return y.unflatten(0, x.shape[:2]).transpose(0, 1), state
+
+    def step(self, frame: Tensor, action: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
+        """One map (b, ...) and the action (b,) that follows it -> the prediction of the next, and the next state."""
+        y, state = self(frame[:, None], None if action is None else action[:, None], state)
+        return y[:, 0], state
+
+    def check(self, maps: Tensor, actions: Tensor | None, *, beyond: bool = False) -> None:
+        """Raises ValueError unless the maps fit and each has an action that exists, and maps ``beyond`` them."""
+        self.check_maps(maps)
+        if actions is None:
+            return
+        clips, length = maps.shape[:2]
+        if actions.dtype not in (torch.int64, torch.int32) or actions.ndim != 2 or actions.shape[0] != clips:
+            raise ValueError(
+                f"actions must be integers of shape ({clips}, frames); got {actions.dtype} {tuple(actions.shape)}"
+            )
+        given = actions.shape[1]
+        if beyond and given <= length:
+            raise ValueError(f"actions must go beyond the {length} frames of the context; got {given}")
+        if not beyond and given != length:
+            raise ValueError(f"each of the {length} frames needs one action; got {given}")
+        if not torch.compiler.is_compiling() and ((actions < MASKED) | (actions >= self.actions)).any():
+            raise ValueError(
+                f"actions go from 0 to {self.actions - 1}, or {MASKED} for unknown; "
+                f"got {int(actions.min())} to {int(actions.max())}"
+            )
