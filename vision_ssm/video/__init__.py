@@ -1,10 +1,11 @@
 """Models of video: what comes next."""
 
+from vision_ssm.video.captured_step import CapturedStep
 from vision_ssm.video.conv_lstm import ConvLSTM
 from vision_ssm.video.convs5 import convs5_stack
 from vision_ssm.video.models import MODELS
 from vision_ssm.video.next_frame import NextFrame, pixel_loss
-from vision_ssm.video.rollout import CapturedStep, Rollout
+from vision_ssm.video.next_map import NextMap, Rollout
 from vision_ssm.video.transformer import FrameTransformer
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ConvLSTM",
     "FrameTransformer",
     "NextFrame",
+    "NextMap",
     "Rollout",
     "convs5_stack",
     "pixel_loss",

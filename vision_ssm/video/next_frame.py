@@ -6,15 +6,14 @@ Modeling", NeurIPS 2023, arXiv:2310.19694, on Moving-MNIST. Frames have values i
 
 # Shapes: b clips, t frames, k channels of a frame, h rows, w columns, c channels of the layers.
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from vision_ssm.layers.convs5 import EPS, State
+from vision_ssm.layers.convs5 import EPS
 from vision_ssm.video.next_map import NextMap
-from vision_ssm.video.rollout import Rollout
 
 GROUPS = 32  # of the norms in encoder and decoder
 
@@ -140,14 +139,5 @@ class NextFrame(NextMap):
     def check_maps(self, maps: Tensor) -> None:
         check_frames(maps, self.channels, self.stride)
 
-    def stream(
-        self, context: Tensor, *, actions: Tensor | None = None, state: State | None = None
-    ) -> Iterator[tuple[Tensor, State]]:
-        """Generates frames (b, k, h, w) one by one after a context (b, t, k, h, w); see ``Rollout.stream``."""
-        return Rollout(self).stream(context, actions=actions, state=state)
-
-    def generate(
-        self, context: Tensor, frames: int, *, actions: Tensor | None = None, state: State | None = None
-    ) -> tuple[Tensor, State]:
-        """The ``frames`` frames after a context and the state before the last; see ``Rollout.generate``."""
-        return Rollout(self).generate(context, frames, actions=actions, state=state)
+    def choose(self, prediction: Tensor) -> Tensor:
+        return prediction

@@ -1,23 +1,32 @@
-"""What follows each map of a clip: layers over time between an encoder and a decoder of single maps, with actions."""
+"""What follows each map of a clip: layers over time between an encoder and a decoder of single maps, with actions.
+
+Training takes whole clips at once. A rollout feeds each map that is predicted back, and remembers nothing but the state
+of the layers.
+"""
 
 # Shapes: b clips, t maps in time, h rows, w columns, c channels of the layers. A map is a frame of pixels or of codes;
 # "..." stands for its axes.
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from vision_ssm.layers.convs5 import State
+from vision_ssm.layers.convs5 import State, discrete
 
-MASKED = -1  # the action of a map whose action is not known
+MASKED = -1  # the action, or the code, of what is not known
+
+Step = Callable[[Tensor, Tensor | None, State], tuple[Tensor, State]]
+"""A map (b, ...), the action (b,) that follows or none, and the state -> a prediction (b, ...) and the next state."""
+
+Choose = Callable[[Tensor], Tensor]
+"""Makes of a prediction (b, ...) the map that follows."""
 
 
 class NextMap(nn.Module, ABC):
     """Predicts what follows each map of a clip.
-
-    Training takes whole clips at once; a rollout feeds each map that is predicted back, and nothing but the state of
-    the layers is remembered.
 
     Args:
         stack: the layers over time: from inputs (t, b, h', w', c), a state or none, and resets (t, b) or none to
@@ -63,6 +72,10 @@ class NextMap(nn.Module, ABC):
     @abstractmethod
     def check_maps(self, maps: Tensor) -> None:
         """Raises ValueError unless the maps (b, t, ...) fit the model."""
+
+    @abstractmethod
+    def choose(self, prediction: Tensor) -> Tensor:
+        """The map that follows, (b, ...), by its prediction."""
 
     def forward(
         self,
@@ -123,3 +136,117 @@ class NextMap(nn.Module, ABC):
                 f"actions go from 0 to {self.actions - 1}, or {MASKED} for unknown; "
                 f"got {int(actions.min())} to {int(actions.max())}"
             )
+
+    def stream(
+        self,
+        context: Tensor,
+        *,
+        actions: Tensor | None = None,
+        state: State | None = None,
+        choose: Choose | None = None,
+    ) -> Iterator[tuple[Tensor, State]]:
+        """Generates maps one by one: ``Rollout(self, choose=choose).stream(...)``."""
+        return Rollout(self, choose=choose).stream(context, actions=actions, state=state)
+
+    def generate(
+        self,
+        context: Tensor,
+        frames: int,
+        *,
+        actions: Tensor | None = None,
+        state: State | None = None,
+        choose: Choose | None = None,
+    ) -> tuple[Tensor, State]:
+        """The maps after a context, (b, frames, ...): ``Rollout(self, choose=choose).generate(...)``."""
+        return Rollout(self, choose=choose).generate(context, frames, actions=actions, state=state)
+
+
+class Rollout:
+    """Generates what follows a context by a model whose weights stand still.
+
+    The recurrences of its layers are discretised once, from the weights as they are now. Make a new rollout after the
+    model has learnt more.
+
+    Args:
+        model: predicts the next map.
+        choose: makes of each prediction the map that follows; the model's way by default.
+        accelerate: makes of the step a faster one that computes the same: ``torch.compile``, on a GPU ``CapturedStep``,
+            or one of the other. What it compiles or captures serves all that is generated here.
+    """
+
+    def __init__(
+        self, model: NextMap, *, choose: Choose | None = None, accelerate: Callable[[Step], Step] | None = None
+    ) -> None:
+        self.model = discrete(model)
+        self.choose = choose or model.choose
+        self.step: Step = accelerate(self._step) if accelerate else self._step
+
+    def stream(
+        self, context: Tensor, *, actions: Tensor | None = None, state: State | None = None
+    ) -> Iterator[tuple[Tensor, State]]:
+        """Generates maps one by one, without gradients and in constant memory.
+
+        Args:
+            context: the maps so far, (b, t, ...), t >= 1; all at once go through the layers.
+            actions: the action that leads to each map, those of the context first, (b, t + n); the first is not used.
+                Without actions the stream has no end.
+            state: the state before the context.
+
+        Yields:
+            The next map (b, ...), and the state before it: to go on from there, pass the map as context and this state.
+
+        Raises:
+            ValueError: before the first map, where context, actions or state do not fit.
+        """
+        self.model.check(context, actions, beyond=True)
+        return self._roll(context, actions, state)
+
+    def generate(
+        self, context: Tensor, frames: int, *, actions: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """The ``frames`` maps after a context, (b, frames, ...), and the state before the last; see ``stream``.
+
+        Raises:
+            ValueError: as ``stream``; or no map is asked for, or actions are not one for each map.
+        """
+        return collect(self.stream(context, actions=actions, state=state), frames, context.shape[1], actions)
+
+    def _step(self, frame: Tensor, action: Tensor | None, state: State) -> tuple[Tensor, State]:
+        prediction, state = self.model.predict(frame[:, None], None if action is None else action[:, None], state)
+        return prediction[:, 0], state
+
+    @torch.no_grad()
+    def _roll(self, context: Tensor, actions: Tensor | None, state: State | None) -> Iterator[tuple[Tensor, State]]:
+        ahead = context.shape[1] + 1
+        known = None if actions is None else actions[:, 1:ahead]
+        predictions, state = self.model.predict(context, known, state, last=True)
+        prediction = predictions[:, 0]
+        while True:
+            frame = self.choose(prediction)
+            yield frame, state
+            if actions is not None and ahead == actions.shape[1]:
+                return
+            prediction, state = self.step(frame, None if actions is None else actions[:, ahead], state)
+            ahead += 1
+
+
+def collect(
+    stream: Iterator[tuple[Tensor, State]], frames: int, context: int, actions: Tensor | None
+) -> tuple[Tensor, State]:
+    """The first ``frames`` maps of a stream, (b, frames, ...), and the state that came with the last.
+
+    Raises:
+        ValueError: no map is asked for; or actions are not one for each, those of the ``context`` maps before included.
+    """
+    if frames < 1:
+        raise ValueError(f"frames must be at least 1; got {frames}")
+    if actions is not None and actions.shape[1] != context + frames:
+        raise ValueError(
+            f"actions must be one for each of {context + frames} frames, context included; got {actions.shape[1]}"
+        )
+    first, state = next(stream)
+    found = first.new_empty(first.shape[0], frames, *first.shape[1:])
+    found[:, 0] = first
+    for i, (frame, after) in enumerate(islice(stream, frames - 1), start=1):
+        found[:, i], state = frame, after
+    return found, state
