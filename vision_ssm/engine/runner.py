@@ -15,7 +15,7 @@ from mmengine.dataset import DefaultSampler
 from mmengine.dist import barrier, get_dist_info, init_dist, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, MMDistributedDataParallel
-from mmengine.optim import OneCycleLR, OptimWrapper
+from mmengine.optim import CosineAnnealingLR, OneCycleLR, OptimWrapper
 from mmengine.runner import Runner, set_random_seed
 from torch import nn
 from torch.utils.data import DataLoader
@@ -26,6 +26,8 @@ from vision_ssm.engine.config import DATA_LOADERS, OWN_KEYS, build, settings
 from vision_ssm.engine.hooks import InterruptHook, PlainStateHook, deferred_interrupt
 
 __all__ = ["AutocastOptimWrapper", "SafeRunner", "build_runner", "device", "prepare_folder"]
+
+SPANS = {OneCycleLR: "total_steps", CosineAnnealingLR: "end"}  # what says when a schedule ends
 
 
 class AutocastOptimWrapper(OptimWrapper):
@@ -169,15 +171,22 @@ def described_parts(config: Config) -> dict[str, Any]:
 
 
 def spanning(schedulers: Sequence[Mapping[str, Any]] | None, loop: Mapping[str, Any] | None) -> list[Any] | None:
-    """One-cycle schedules without ``total_steps`` are given the whole run, so a run is shortened by one number."""
+    """Schedules that do not say where they end are given the whole run, so a run is shortened by one number.
+
+    Raises:
+        ValueError: one begins when the run has ended.
+    """
     if schedulers is None or loop is None:
         return None
-    return [
-        {**scheduler, "total_steps": loop["max_iters"]}
-        if scheduler["type"] is OneCycleLR and "total_steps" not in scheduler
-        else dict(scheduler)
-        for scheduler in schedulers
-    ]
+    steps = loop["max_iters"]
+    for number, scheduler in enumerate(schedulers):
+        if scheduler.get("begin", 0) >= steps:
+            raise ValueError(
+                f"param_scheduler.{number} begins at step {scheduler['begin']}, the run has {steps}; lengthen "
+                "train_cfg.max_iters, or begin it sooner and end sooner the one before it"
+            )
+    ends = ({SPANS[one["type"]]: steps} if one["type"] in SPANS else {} for one in schedulers)
+    return [{**end, **scheduler} for end, scheduler in zip(ends, schedulers, strict=True)]
 
 
 def build_loader(options: Mapping[str, Any]) -> DataLoader[Any]:

@@ -1,6 +1,6 @@
 """Tasks: what a network is trained for. Each wraps one network and gives the Runner a loss or predictions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -80,3 +80,8 @@ class Classification(BaseModel):
 def count_parameters(net: nn.Module) -> int:
     """Trainable parameters of a network."""
     return sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+
+
+def input_channels(item: Mapping[str, Tensor]) -> int:
+    """Channels of what a network sees of an item: its ``image`` (c, ...), or the frames of its ``video`` (t, c, h, w)."""
+    return len(item["image"]) if "image" in item else item["video"].shape[1]

@@ -14,7 +14,7 @@ from vision_ssm.engine.config import config_name
 from vision_ssm.engine.evaluate import evaluate
 from vision_ssm.engine.progress import ProgressHook
 from vision_ssm.engine.runner import SafeRunner, build_runner, device
-from vision_ssm.engine.tasks import count_parameters
+from vision_ssm.engine.tasks import count_parameters, input_channels
 
 __all__ = ["TrainingResult", "train"]
 
@@ -74,13 +74,12 @@ def train(
         scores=evaluate(config, task),
     )
     if is_main_process():
-        channels = len(runner.train_dataloader.dataset[0]["image"])
         save_weights(
             work_dir / "weights.safetensors",
             task.net,
             config=result.config,
-            classes=tuple(config.classes),
-            channels=channels,
+            classes=tuple(config.get("classes", ())),
+            channels=input_channels(runner.train_dataloader.dataset[0]),
         )
         write_json(work_dir / "metrics.json", asdict(result))
     return result, task
