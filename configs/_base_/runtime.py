@@ -3,6 +3,8 @@
 from mmengine.hooks import CheckpointHook, IterTimerHook, LoggerHook, ParamSchedulerHook, RuntimeInfoHook
 from mmengine.runner import IterBasedTrainLoop, LogProcessor, TestLoop, ValLoop
 
+from vision_ssm.engine.watch import WatchHook
+
 train_cfg = dict(type=IterBasedTrainLoop, max_iters=240, val_interval=80)
 val_cfg = dict(type=ValLoop)
 test_cfg = dict(type=TestLoop)
@@ -12,6 +14,7 @@ default_hooks = dict(
     timer=dict(type=IterTimerHook),
     logger=dict(type=LoggerHook, interval=10),
     param_scheduler=dict(type=ParamSchedulerHook),
+    watch=dict(type=WatchHook, action="stop"),  # at a step that is not finite; or "skip"
     checkpoint=dict(type=CheckpointHook, interval=80, by_epoch=False, max_keep_ckpts=2),
 )
 log_processor = dict(type=LogProcessor, by_epoch=False)
