@@ -1,4 +1,4 @@
-"""Imports point down: tools -> engine -> segmentation, video, data -> backbones -> layers -> kernels -> torch."""
+"""Imports point down: tools -> engine -> segmentation, data -> video, backbones -> layers -> kernels -> torch."""
 
 import ast
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ ALLOWED = {
     "layers": {"kernels"},
     "model_zoo": set(),
     "backbones": {"kernels", "layers", "model_zoo"},
-    "segmentation": {"kernels", "layers", "backbones"},
+    "segmentation": {"kernels", "layers", "backbones", "video"},
     "video": {"kernels", "layers"},
     "nnunet": {"segmentation"},
     "data": {"kernels", "layers", "backbones"},

@@ -1,5 +1,6 @@
 """Segmentation networks with MONAI's blocks: on timm backbones, from papers, and encoders for MONAI's own."""
 
+from vision_ssm.segmentation.cine_unet import CineUNet
 from vision_ssm.segmentation.encoder import SSMEncoder
 from vision_ssm.segmentation.flexible_unet import VMambaEncoder, VolumeEncoder
 from vision_ssm.segmentation.segmamba import SegMamba
@@ -10,6 +11,7 @@ from vision_ssm.segmentation.unet import SSMUNet
 from vision_ssm.segmentation.vm_unet import VMUNet
 
 __all__ = [
+    "CineUNet",
     "SSMEncoder",
     "SSMUNet",
     "SegMamba",

@@ -84,6 +84,7 @@ class SSMUNet(nn.Module):
                 f"{backbone} with reductions {reductions} has {count} decoder levels (full resolution down to the one "
                 f"above the coarsest map); got {len(widths)} decoder_channels {widths}"
             )
+        self.channels = [*widths, channels[-1]]  # of the map at each of the reductions
         steps = [tuple(below // here for here, below in zip(*pair, strict=True)) for pair in pairwise(self.reductions)]
         self.image_levels = nn.ModuleList(
             UnetrBasicBlock(spatial_dims, *pair, kernel_size=3, stride=step, norm_name=INSTANCE_NORM)
@@ -110,31 +111,34 @@ class SSMUNet(nn.Module):
         encoder.set_grad_checkpointing(enable)
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        sizes = list(image.shape[2:])
-        maps = self.decode(pad_image(image, self.in_channels, self.reductions[-1], least=1))
-        if not (self.deep_supervision and self.training):
-            return crop_map(self.heads[0](maps[0]), sizes, self.reductions[0])
-        return [crop_map(head(maps[i]), sizes, self.reductions[i]) for i, head in enumerate(self.heads)]
+        return self.predict(self.encode(image), list(image.shape[2:]))
 
-    def decode(self, image: Tensor) -> list[Tensor]:
-        """Maps of the decoder, finest first; the sizes must be multiples of the coarsest reduction."""
-        skips: list[Tensor] = []
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """Maps (b, c, *sizes / r) of all levels of the padded image, finest first: the skips and the coarsest map."""
+        image = pad_image(image, self.in_channels, self.reductions[-1], least=1)
+        maps: list[Tensor] = []
         fine = image
         for block in self.image_levels:
             fine = block(fine)
-            skips.append(fine)
+            maps.append(fine)
         pyramid = self.encoder(image)
         for i, block in enumerate(self.lateral):
-            skips.append(block(pyramid[i]))
+            maps.append(block(pyramid[i]))
+        maps.append(pyramid[-1])
+        return maps
 
-        coarse = pyramid[-1]
-        maps: list[Tensor] = []
-        for level, _ in enumerate(self.up, start=1):
+    def predict(self, maps: list[Tensor], sizes: list[int]) -> Tensor | list[Tensor]:
+        """Logits from what ``encode`` returns, for an image of these sizes."""
+        coarse = maps[-1]
+        decoded: list[Tensor] = []
+        for level, _ in enumerate(self.up, start=2):
             for i, block in enumerate(self.up, start=level):  # backwards: a script walks modules forwards only
-                if i == len(self.up):
-                    coarse = block(coarse, skips[-level])
-                    maps.append(coarse)
-        return maps[::-1]
+                if i == len(self.up) + 1:
+                    coarse = block(coarse, maps[-level])
+                    decoded.append(coarse)
+        if not (self.deep_supervision and self.training):
+            return crop_map(self.heads[0](coarse), sizes, self.reductions[0])
+        return [crop_map(head(decoded[-1 - i]), sizes, self.reductions[i]) for i, head in enumerate(self.heads)]
 
 
 def create_encoder(backbone: str, spatial_dims: int, in_channels: int, **arguments: Any) -> nn.Module:

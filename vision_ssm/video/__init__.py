@@ -1,6 +1,7 @@
 """Models of video: what comes next."""
 
 from vision_ssm.video.captured_step import CapturedStep
+from vision_ssm.video.clip_classifier import ClipClassifier
 from vision_ssm.video.conv_lstm import ConvLSTM
 from vision_ssm.video.convs5 import convs5_stack
 from vision_ssm.video.models import MODELS
@@ -11,6 +12,7 @@ from vision_ssm.video.transformer import FrameTransformer
 __all__ = [
     "MODELS",
     "CapturedStep",
+    "ClipClassifier",
     "ConvLSTM",
     "FrameTransformer",
     "NextFrame",
