@@ -9,13 +9,14 @@ STAMP := $(VENV)/.installed
 # mmengine asks for the OpenCV with windows, whose libraries (libGL) a machine without a desktop lacks.
 HEADLESS_OPENCV = $(BIN)/python -m pip install --force-reinstall --no-deps opencv-python-headless
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   train and evaluate a small segmentation network on the embedded MRI, and draw a report"
 	@echo "make test   run the tests"
 	@echo "make lint   run ruff, and mypy on the built wheel"
+	@echo "make docs   build the documentation site into docs/_build/html"
 	@echo "make clean  remove build leftovers and caches (the environment stays)"
 	@echo "PYTHON=python3.12 make ...  chooses the interpreter of a new .venv (3.10 or newer)"
 
@@ -30,8 +31,11 @@ lint: $(STAMP)-dev
 	$(BIN)/ruff format --check
 	PYTHON=$(CURDIR)/$(BIN)/python .ci/typecheck
 
+docs: $(STAMP)-docs
+	$(BIN)/sphinx-build -q --fail-on-warning --keep-going docs docs/_build/html
+
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(STAMP)-*
+	rm -rf build dist docs/_build docs/_generated *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(STAMP)-*
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
