@@ -113,6 +113,8 @@ class ConvSSM(nn.Module):
 
     def reset_parameters(self) -> None:
         """As released: HiPPO-LegS, He-normal B and C in its eigenbasis, Δ log-uniform in [0.001, 0.1]."""
+        if self.B.is_meta:  # all would be computed in vain
+            return
         values, vectors = hippo_legs(self.state, self.blocks)
         inward = torch.empty(vectors.shape[0], *self.B.shape[1:-1], dtype=torch.float64, device="cpu")
         outward = torch.empty(self.dim, vectors.shape[0], *self.C.shape[2:-1], dtype=torch.float64, device="cpu")

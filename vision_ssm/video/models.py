@@ -8,6 +8,7 @@ from torch import nn
 from vision_ssm.layers import TemporalStack
 from vision_ssm.video.conv_lstm import ConvLSTM
 from vision_ssm.video.convs5 import convs5_stack
+from vision_ssm.video.next_code import NextCode
 from vision_ssm.video.next_frame import NextFrame
 from vision_ssm.video.transformer import FrameTransformer
 
@@ -32,3 +33,18 @@ MODELS: dict[str, Callable[[], NextFrame]] = {
     "transformer_recomputed_moving_mnist": partial(moving_mnist, partial(FrameTransformer, cache=False), 256),
 }
 """Next-frame models in pixels, with fresh weights: ``MODELS["convs5_moving_mnist_300"]()``."""
+
+
+def next_code(codes: int, *, layers: int) -> NextCode:
+    """A model of code maps of 16x16 with the sizes that the 3-D environments share."""
+    stack = convs5_stack(512, state=512, layers=layers, clip_eigenvalues=False)
+    return NextCode(stack, codes, dim=512, actions=6, action_dim=16)
+
+
+CODE_MODELS: dict[str, Callable[[int], NextCode]] = {
+    # Published, but for the width of a code's embedding, which is ours.
+    "convs5_dmlab": partial(next_code, layers=8),
+    "convs5_minecraft": partial(next_code, layers=12),
+    "convs5_habitat": partial(next_code, layers=8),
+}
+"""Models of codes, by how many the tokenizer has, with fresh weights: ``CODE_MODELS["convs5_dmlab"](1024)``."""
