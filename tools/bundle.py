@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vision_ssm.tools.errors import debug_option, run
+from vision_ssm.tools.errors import config_options, debug_option, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vision_ssm.engine.config import load_config
 
     about = About(version=args.bundle_version, authors=args.authors, modality=args.modality)
-    create_bundle(load_config(args.config, args.set), args.checkpoint, args.target, about)
+    create_bundle(load_config(args.config, args.set, safe=args.safe), args.checkpoint, args.target, about)
     Console(highlight=False, markup=False).print(f"bundle: {args.target}", soft_wrap=True)
     return 0
 
@@ -34,11 +34,10 @@ def parser() -> argparse.ArgumentParser:
         parents=[debug_option()],
     )
     commands = p.add_subparsers(dest="command", required=True)
-    creating = commands.add_parser("create", help="write a bundle to a new folder")
+    creating = commands.add_parser("create", help="write a bundle to a new folder", parents=[config_options()])
     creating.add_argument("config", help="path of a config, or a name such as medical/deep_grey_vmamba_unet")
     creating.add_argument("checkpoint", type=Path, help="weights (.safetensors) or a checkpoint (.pth) of that config")
     creating.add_argument("target", type=Path, metavar="OUT", help="new folder; its name is the bundle's")
-    creating.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override entries, as in training")
     creating.add_argument("--bundle-version", default="0.1.0", metavar="VERSION", help="of the model, 0.1.0 by default")
     creating.add_argument("--authors", default="not stated", help="who trained it")
     creating.add_argument("--modality", default="n/a", help="of the images, such as MR or CT")

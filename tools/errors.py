@@ -14,6 +14,19 @@ def debug_option() -> argparse.ArgumentParser:
     return parent
 
 
+def config_options() -> argparse.ArgumentParser:
+    """Parent parser with the options of every command that reads a config."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override config entries")
+    parent.add_argument(
+        "--safe",
+        action="store_true",
+        help="a config is Python and runs as code when it is read, and overrides may name any function; with --safe "
+        "only configs of the package are read, by name, and overrides are plain data",
+    )
+    return parent
+
+
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Runs a command; its exit status is 2 after an error and 130 after Ctrl-C."""
     arguments = sys.argv[1:] if argv is None else list(argv)

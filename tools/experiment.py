@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from vision_ssm.tools.errors import debug_option, run
+from vision_ssm.tools.errors import config_options, debug_option, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def perform(args: argparse.Namespace) -> int:
     from vision_ssm.engine.config import load_config
 
     console = Console(highlight=False, soft_wrap=True)
-    config = load_config(args.config, args.set)
+    config = load_config(args.config, args.set, safe=args.safe)
     jobs = experiment.jobs(config, seeds=args.seeds, seconds=args.seconds, networks=args.networks, share_of=args.share)
     failed, late = experiment.perform(config, jobs, args.out, limit=args.limit, report=console.print)
     console.print(f"{args.out} holds {len(jobs) - len(failed) - len(late)} of {len(jobs)} runs")
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         prog="vision-ssm experiment", description=__doc__, formatter_class=formatter, parents=[debug_option()]
     )
     commands = p.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("run", help="make the runs that a file lacks")
+    one = commands.add_parser("run", help="make the runs that a file lacks", parents=[config_options()])
     one.add_argument("config", help="a config with entrants, such as experiment/deep_grey")
     one.add_argument("--out", type=Path, required=True, help="file of runs, one JSON object a line; made or continued")
     one.add_argument("--seconds", type=float, required=True, help="training time of each run")
@@ -66,7 +66,6 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--networks", nargs="+", default=[], metavar="NAME", help="some of the entrants; all by default")
     one.add_argument("--share", default="0/1", metavar="I/N", help="only this process's share of the runs, such as 0/4")
     one.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS", help="begin no run that ends later")
-    one.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override config entries")
     two = commands.add_parser("render", help="print the tables, draw the figure")
     two.add_argument("files", nargs="+", type=Path, help="files of runs")
     two.add_argument("--figure", type=Path, help="picture to write, such as a .png")

@@ -3,12 +3,16 @@
 A dictionary with the key ``type`` describes an object: the callable and its keyword arguments. ``build`` turns a tree
 of such dictionaries into objects, innermost first, so tasks, datasets and metrics receive ready modules and know
 nothing of configs.
+
+Reading a config runs it, and an override may name any callable. ``load_config(..., safe=True)`` is for names and
+overrides that somebody else wrote: it reads configs of the package alone, and changes plain data alone.
 """
 
 import ast
 import difflib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +24,9 @@ from torch.utils.data import DataLoader
 
 __all__ = ["build", "config_name", "config_names", "load_config", "settings"]
 
-OWN_KEYS = frozenset({"classes", "data_root", "entrants", "modalities", "notes", "prepare", "regions", "score"})
+OWN_KEYS = frozenset(
+    {"classes", "data_root", "entrants", "frame_size", "modalities", "notes", "prepare", "regions", "score"}
+)
 DATA_LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 INJECTED_KEYS = frozenset({"type", "priority", "dataset"})  # read by mmengine itself, whatever the type
 
@@ -44,7 +50,7 @@ def config_name(config: Config) -> str:
     return path.stem
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(name: str, overrides: Sequence[str] = (), *, safe: bool = False) -> Config:
     """Reads a config and applies ``KEY=VALUE`` overrides; dots in KEY lead into nested entries.
 
     An override of ``data_root`` is one of every entry ``root`` that the file gave the same value.
@@ -52,15 +58,22 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     Args:
         name: path of a config file, or a name listed by ``config_names``.
         overrides: such as ``train_cfg.max_iters=100``; values are Python literals, else strings.
+        safe: accept names of the package's configs alone, and overrides of plain data: literals or words in place of
+            numbers, strings, truth values and lists of them, and further arguments of that kind. Files, callables
+            (``type``), expressions and mmengine's own keys (``_delete_``, ``_base_``, ``custom_imports``) are refused.
 
     Raises:
         FileNotFoundError: neither a file nor a name.
-        ValueError: an override has no ``=``, or a key is unknown.
+        ValueError: an override has no ``=``, a key is unknown, or ``safe`` does not accept it.
     """
-    config = Config.fromfile(find_config(name))
+    config = Config.fromfile(named_config(name) if safe else find_config(name))
     changes = dict(parse_override(override) for override in overrides)
-    for key in changes:
+    for key, value in changes.items():
+        if safe:
+            check_plain(key, value)
         check_parent(config, key)
+        if safe:
+            check_place(settings(config), key, value)
     written = config.get("data_root")
     config.merge_from_dict(changes)
     if "data_root" in changes:
@@ -75,10 +88,15 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".py" and path.is_file():
         return path.resolve()
+    return named_config(name, otherwise="the path of a .py file or ")
+
+
+def named_config(name: str, otherwise: str = "") -> Path:
+    """The file of a config of the package."""
     known = config_names()
     if name.removesuffix(".py") in known:
         return config_root() / f"{name.removesuffix('.py')}.py"
-    raise FileNotFoundError(f"no config {name!r}; give the path of a .py file or one of: {', '.join(known)}")
+    raise FileNotFoundError(f"no config {name!r}; give {otherwise}one of: {', '.join(known)}")
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -102,6 +120,70 @@ def check_parent(config: Config, key: str) -> None:
         else:
             known = node if isinstance(node, Mapping) else range(len(node)) if isinstance(node, (list, tuple)) else ()
             raise unknown_key(part, f"override {key!r}", [str(name) for name in known])
+
+
+def check_plain(key: str, value: Any) -> None:
+    """Raises ValueError unless an override is plain data under plain keys; see ``load_config``."""
+    for part in key.split("."):
+        if part == "type" or part.startswith("_") or not re.fullmatch(r"\w+", part):
+            raise refused(key, f"the key {part!r} could bring code")
+    if isinstance(value, Mapping):
+        for inner, content in value.items():
+            check_plain(f"{key}.{inner}", content)
+    elif isinstance(value, (list, tuple)):
+        for index, content in enumerate(value):
+            check_plain(f"{key}.{index}", content)
+    elif isinstance(value, str) and not re.fullmatch(r"[\w ./\\:~-]*", value):
+        raise refused(key, f"{value!r} is neither a literal nor a plain word or path")
+    elif not is_plain(value):
+        raise refused(key, f"{value!r} is no number, string, truth value, list or dictionary")
+
+
+def check_place(node: Any, key: str, value: Any, path: str = "") -> None:
+    """Raises ValueError unless an override stands where plain data stand, or is an argument that may be added."""
+    part, _, rest = key.partition(".")
+    here = f"{path}.{part}" if path else part
+    entry: Any = int(part) if isinstance(node, (list, tuple)) else part
+    if not isinstance(node, (list, tuple)) and part not in node:
+        if not path and part not in OWN_KEYS | {"launcher"}:
+            raise refused(here, "the config has no such entry")
+        if path and not takes_by_name(DataLoader if path in DATA_LOADERS else node.get("type"), part):
+            raise refused(here, "it is no entry of the config, nor an argument that is known by name")
+    elif rest:
+        check_place(node[entry], rest, value, here)
+    elif isinstance(value, Mapping) and isinstance(node[entry], Mapping):
+        for inner, content in value.items():
+            check_place(node[entry], inner, content, here)
+    elif value is not None and not is_plain(node[entry]):
+        raise refused(here, "it describes an object; change its arguments, or set it to None")
+
+
+def takes_by_name(target: Any, argument: str) -> bool:
+    """Whether a described object has this argument, or is one of ours that hands further arguments on."""
+    function = resolve(target) if isinstance(target, str) else target
+    if not callable(function):
+        return False
+    known = inspect.signature(function).parameters
+    if argument in known:
+        return known[argument].kind is not inspect.Parameter.VAR_KEYWORD
+    further = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    return further and function.__module__.startswith("vision_ssm.")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is data through and through: no callable, no description of an object."""
+    if isinstance(value, Mapping):
+        return "type" not in value and all(is_plain(content) for content in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(content) for content in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def refused(key: str, reason: str) -> ValueError:
+    return ValueError(
+        f"--safe refuses {key}: {reason}. It accepts plain data, such as train_cfg.max_iters=100 or data_root=FOLDER; "
+        "leave --safe out only for a config and overrides that you trust"
+    )
 
 
 def check_keys(config: Config) -> None:
