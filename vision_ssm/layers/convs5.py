@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from timm.layers import SqueezeExcite
+from timm.models import checkpoint
 from torch import Tensor, nn
 
 from vision_ssm.kernels import linear_scan
@@ -363,13 +364,21 @@ class TemporalStack(nn.Module):
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.grad_checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Of each layer, keep only what enters for the backward pass, and compute the rest a second time."""
+        self.grad_checkpointing = enable
 
     def forward(self, u: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"{len(self.layers)} layers need as many states; got {len(state)}. Is it another model's?")
         last = []
         for layer, before in zip(self.layers, state or [None] * len(self.layers), strict=True):
-            u, after = layer(u, before, reset)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                u, after = checkpoint(layer, u, before, reset)
+            else:
+                u, after = layer(u, before, reset)
             last.append(after)
         return u, tuple(last)
 

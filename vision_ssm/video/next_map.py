@@ -10,13 +10,16 @@ of the layers.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import cast
 
 import torch
+from timm.models import checkpoint
 from torch import Tensor, nn
 
 from vision_ssm.layers.convs5 import State, discrete
 
 MASKED = -1  # the action, or the code, of what is not known
+AT_ONCE = 256  # maps that are computed a second time at once
 
 Step = Callable[[Tensor, Tensor | None, State], tuple[Tensor, State]]
 """A map (b, ...), the action (b,) that follows or none, and the state -> a prediction (b, ...) and the next state."""
@@ -68,6 +71,15 @@ class NextMap(nn.Module, ABC):
         self.join = nn.Conv2d(width + action_dim, dim, 1)
         self.stack = stack
         self.decoder = decoder
+        self.grad_checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep little for the backward pass, and compute the rest a second time: single maps piece by piece, and layers
+        over time one by one, if the stack can.
+        """
+        self.grad_checkpointing = enable
+        if hasattr(self.stack, "set_grad_checkpointing"):
+            self.stack.set_grad_checkpointing(enable)
 
     @abstractmethod
     def check_maps(self, maps: Tensor) -> None:
@@ -94,11 +106,11 @@ class NextMap(nn.Module, ABC):
         state: State | None = None,
         reset: Tensor | None = None,
         *,
-        last: bool = False,
+        at: slice | Tensor = slice(None),
     ) -> tuple[Tensor, State]:
-        """As ``forward``, of what is known to fit; with ``last`` only what follows the last map, (b, 1, ...)."""
+        """As ``forward``, of what is known to fit; the predictions after the maps of the places ``at`` alone."""
         clips, length = maps.shape[:2]
-        x = self.encoder(maps.transpose(0, 1).flatten(0, 1))
+        x = self._map_by_map(self.encoder, maps.transpose(0, 1).flatten(0, 1))
         if actions is None:
             embedded = self.action.weight[:1].expand(len(x), -1)
         else:
@@ -106,10 +118,15 @@ class NextMap(nn.Module, ABC):
         x = self.join(torch.cat([x, embedded[..., None, None].expand(-1, -1, *x.shape[2:])], dim=1))
         x = x.movedim(1, -1).unflatten(0, (length, clips))
         x, state = self.stack(x, state, None if reset is None else reset.T)
-        if last:
-            x = x[-1:]
-        y = self.decoder(x.flatten(0, 1).movedim(-1, 1))
+        x = x[at]
+        y = self._map_by_map(self.decoder, x.flatten(0, 1).movedim(-1, 1))
         return y.unflatten(0, x.shape[:2]).transpose(0, 1), state
+
+    def _map_by_map(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Encoder or decoder of maps (n, ...), each of which is by itself."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return torch.cat([checkpoint(module, piece) for piece in x.split(AT_ONCE)])
+        return cast(Tensor, module(x))
 
     def step(self, frame: Tensor, action: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
         """One map (b, ...) and the action (b,) that follows it -> the prediction of the next, and the next state."""
@@ -219,7 +236,7 @@ class Rollout:
     def _roll(self, context: Tensor, actions: Tensor | None, state: State | None) -> Iterator[tuple[Tensor, State]]:
         ahead = context.shape[1] + 1
         known = None if actions is None else actions[:, 1:ahead]
-        predictions, state = self.model.predict(context, known, state, last=True)
+        predictions, state = self.model.predict(context, known, state, at=slice(-1, None))
         prediction = predictions[:, 0]
         while True:
             frame = self.choose(prediction)

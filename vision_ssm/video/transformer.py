@@ -12,6 +12,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, build_sincos2d_pos_embed
+from timm.models import checkpoint
 from torch import Tensor, nn
 
 from vision_ssm.layers.convs5 import EPS, State, check_clip
@@ -77,6 +78,11 @@ class FrameTransformer(nn.Module):
         self.blocks = nn.ModuleList(AttentionBlock(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.outward = nn.Linear(width, dim * patch**2)
+        self.grad_checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Of each block, keep only what enters for the backward pass, and compute the rest a second time."""
+        self.grad_checkpointing = enable
 
     def forward(self, u: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         _, clips, height, width = check_clip(u, self.dim)
@@ -119,7 +125,10 @@ class FrameTransformer(nn.Module):
             seen = place[-frames * tokens :, None] >= place
         known = []
         for block, kept in zip(self.blocks, past, strict=True):
-            x, now = block(x, kept, seen)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x, now = checkpoint(block, x, kept, seen)
+            else:
+                x, now = block(x, kept, seen)
             known.append(now)
         y = self.outward(self.norm(x)).view(clips, frames, *grid, self.patch, self.patch, self.dim)
         return cast(Tensor, y.permute(1, 0, 2, 4, 3, 5, 6).reshape(u.shape)), tuple(known)
