@@ -33,7 +33,7 @@ OWNERS = {
     "monai": {"segmentation", "data", "engine", "configs"},
     "nibabel": {"data", "engine"},
     "nnunetv2": {"nnunet"},
-    "rich": {"engine", "tools"},
+    "rich": {"data", "engine", "tools"},
     "timm": {"layers", "model_zoo", "backbones", "segmentation", "video", "data", "engine", "configs", "tools"},
 }
 
