@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vision_ssm.data.deep_grey import deep_grey_files
 from vision_ssm.tools.__main__ import COMMANDS, tool_of
 
 if sys.version_info >= (3, 11):
@@ -135,6 +136,38 @@ def test_wheel_works_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
     locations = succeeds(python("-c", code, cwd=tmp_path, PYTHONPATH=str(target))).splitlines()
     assert len(locations) == len(FOLDERS) + 1
     assert all(Path(location).is_file() and Path(location).is_relative_to(target) for location in locations)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Program ``vision-ssm`` of a new environment: the wheel alone, and the libraries that this one has.
+
+    A path file names their folder. Path files in that folder are not read, so the editable install is not there.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    succeeds(python("-m", "venv", "--without-pip", str(folder), cwd=folder))
+    scripts = folder / ("Scripts" if os.name == "nt" else "bin")
+    (packages,) = folder.rglob("site-packages")
+    (packages / "libraries.pth").write_text("\n".join(site.getsitepackages()))
+    target = ("--python", str(scripts / Path(sys.executable).name))
+    succeeds(python("-m", "pip", *target, "install", "--quiet", "--no-deps", str(wheel), cwd=folder))
+    return scripts / "vision-ssm"
+
+
+def runs(program: Path, *arguments: str, cwd: Path) -> str:
+    return succeeds(subprocess.run([program, *arguments], cwd=cwd, capture_output=True, text=True))
+
+
+def test_the_wheel_trains_and_predicts_by_the_name_of_a_config(installed: Path, tmp_path: Path) -> None:
+    code = "import vision_ssm, vision_ssm.kernels as kernels; print(vision_ssm.__file__, kernels.__file__)"
+    interpreter = installed.with_name(Path(sys.executable).name)
+    for location in runs(interpreter, "-c", code, cwd=tmp_path).split():
+        assert Path(location).is_relative_to(installed.parents[1])
+    name, short = "medical/deep_grey_vmamba_unet", ("train_cfg.max_iters=1", "train_dataloader.batch_size=1")
+    runs(installed, "train", name, "--work-dir", "run", "--set", *short, cwd=tmp_path)
+    shutil.copyfile(deep_grey_files()[0]["image"], tmp_path / "in.nii.gz")
+    runs(installed, "predict", name, "run/weights.safetensors", "in.nii.gz", "out.nii.gz", cwd=tmp_path)
+    assert (tmp_path / "out.nii.gz").is_file()
 
 
 def test_editable_install_works_from_elsewhere(checkout: Path, tmp_path: Path) -> None:
