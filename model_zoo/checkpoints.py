@@ -35,7 +35,7 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 torch.serialization.add_safe_globals(_STAND_INS[1:])
 
 # What reading raises on bytes that are no checkpoint, or half of one: torch's unpickler lets through what it meets.
-_UNREADABLE = (
+UNREADABLE = (
     SafetensorError,
     pickle.UnpicklingError,
     struct.error,
@@ -153,7 +153,7 @@ def read(path: Path) -> Mapping[str, Any]:
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(_STAND_INS[:1]):
             source = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {_reason(error)}") from error
     if not isinstance(source, Mapping):
         raise ValueError(f"{path} holds a {type(source).__name__}; a state dict or a dictionary around one is accepted")

@@ -1,9 +1,6 @@
 """Runs that stop and go on, checkpoints that are whole or absent, metrics, and predictions on the input's grid."""
 
 import json
-import os
-import pickle
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +9,6 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from mmengine.hooks import Hook
 from rich.console import Console
 from safetensors import safe_open
 from torch import nn
@@ -21,7 +17,7 @@ from torch.testing import assert_close
 from vision_ssm.data.deep_grey import deep_grey_files
 from vision_ssm.engine import checkpoint as checkpoints
 from vision_ssm.engine.checkpoint import (
-    latest_checkpoint,
+    find_checkpoint,
     load_into,
     read_state,
     save_weights,
@@ -30,12 +26,11 @@ from vision_ssm.engine.checkpoint import (
 )
 from vision_ssm.engine.config import build, load_config
 from vision_ssm.engine.evaluate import evaluate, load_task
-from vision_ssm.engine.hooks import TrainingInterrupted
 from vision_ssm.engine.metrics import HD95, Accuracy, Dice
 from vision_ssm.engine.predict import predict_file
 from vision_ssm.engine.predictor import Predictor
 from vision_ssm.engine.runner import build_runner, prepare_folder
-from vision_ssm.engine.train import loss_curve, train
+from vision_ssm.engine.train import train
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "fixtures" / "tiny_unet.py")
@@ -44,17 +39,6 @@ QUIET = Console(quiet=True)
 
 def tiny(*overrides: str):
     return load_config(TINY, overrides)
-
-
-class PressCtrlC(Hook):
-    """Sends SIGINT while step ``step`` runs."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        if runner.iter + 1 == self.step:
-            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +53,7 @@ def test_a_run_leaves_weights_metrics_and_checkpoints(trained):
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["steps"] == len(metrics["losses"]) == 4
     assert set(metrics["scores"]) >= {"dice/mean", "hd95/mean", "dice/pallidum"}
-    assert latest_checkpoint(trained).name == "iter_4.pth"
+    assert find_checkpoint(trained, "latest").name == "iter_4.pth"
     assert not list(trained.glob(".partial*"))
     with safe_open(trained / "weights.safetensors", framework="pt") as weights:
         metadata = weights.metadata()
@@ -78,28 +62,11 @@ def test_a_run_leaves_weights_metrics_and_checkpoints(trained):
     assert metadata["input_channels"] == "3"
 
 
-def test_ctrl_c_keeps_a_checkpoint_and_the_resumed_curve_is_the_unbroken_one(tmp_path):
-    whole = build_runner(tiny("train_cfg.max_iters=5"), tmp_path / "whole")
-    whole.train()
-    handler = signal.getsignal(signal.SIGINT)
-    broken = build_runner(tiny("train_cfg.max_iters=5"), tmp_path / "broken", hooks=(PressCtrlC(3),))
-    with pytest.raises(TrainingInterrupted, match=r"after step 3; kept .*iter_3\.pth"):
-        broken.train()
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert len(loss_curve(broken)) == 3
-
-    resumed = build_runner(tiny("train_cfg.max_iters=5"), tmp_path / "broken", resume=True)
-    resumed.train()
-    assert loss_curve(resumed) == loss_curve(whole)
-    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        assert_close(ours, theirs, rtol=0, atol=0)
-
-
 def test_checkpoints_need_no_allow_list(trained):
     known = list(torch.serialization.get_safe_globals())
-    content = torch.load(latest_checkpoint(trained), weights_only=True)
+    content = torch.load(find_checkpoint(trained, "latest"), weights_only=True)
     assert torch.serialization.get_safe_globals() == known
-    assert {"state_dict", "optimizer", "param_schedulers", "message_hub", "random_state"} <= content.keys()
+    assert {"state_dict", "optimizer", "param_schedulers", "message_hub", "random_states"} <= content.keys()
 
 
 def test_a_second_run_refuses_the_folder(trained):
@@ -111,7 +78,7 @@ def test_a_second_run_refuses_the_folder(trained):
 
 def test_there_must_be_something_to_resume(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing to resume; start without --resume"):
-        build_runner(tiny(), tmp_path, resume=True)
+        build_runner(tiny(), tmp_path, resume="latest")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path):
@@ -131,23 +98,6 @@ def test_a_write_that_fails_keeps_what_was_there(tmp_path):
         write_atomically(target, fail)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert target.read_text() == "whole"
-
-
-def test_a_checkpoint_that_fails_half_way_leaves_the_one_before(tmp_path, monkeypatch):
-    runner = build_runner(tiny("train_cfg.max_iters=2", "default_hooks.checkpoint.interval=1"), tmp_path)
-    save = torch.save
-
-    def save_once(content, file, *arguments):
-        if latest := list(tmp_path.glob("iter_*.pth")):
-            file.write(latest[0].read_bytes()[:100])
-            raise OSError("disk full")
-        save(content, file, *arguments)
-
-    monkeypatch.setattr(torch, "save", save_once)
-    with pytest.raises(OSError, match="disk full"):
-        runner.train()
-    assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_1.pth"]
-    assert read_state(tmp_path / "iter_1.pth")
 
 
 @pytest.mark.parametrize("name", ["iter_4.pth", "weights.safetensors"])
@@ -174,18 +124,7 @@ def test_weights_of_another_shape_change_nothing():
 
 def test_resuming_with_another_model_is_refused(trained):
     with pytest.raises(ValueError, match="weights of another model"):
-        build_runner(tiny("model.net.backbone=test_convnext"), trained, resume=True).train()
-
-
-def test_a_checkpoint_that_carries_code_is_not_run(tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"state_dict": Payload()}, protocol=2))
-    with pytest.raises(ValueError, match="no checkpoint"):
-        read_state(tmp_path / "evil.pth")
-    assert not (tmp_path / "ran").exists()
+        build_runner(tiny("model.net.backbone=test_convnext"), trained, resume="latest").train()
 
 
 def test_other_files_are_no_checkpoints(tmp_path):

@@ -41,7 +41,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("config", help="path of a config, or a name under configs/ such as medical/deep_grey_vmamba_unet")
     p.add_argument("--work-dir", type=Path, help="folder of logs and checkpoints; runs/CONFIG by default")
-    p.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in the folder")
+    p.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="CHECKPOINT",
+        help="continue from the latest checkpoint in the folder; also: previous, the one before it, or a path",
+    )
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override config entries")
     return p
 

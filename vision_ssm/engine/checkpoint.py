@@ -7,11 +7,11 @@ allow-list; published weights are safetensors with metadata.
 import json
 import math
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,22 +19,26 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vision_ssm._version import __version__
-from vision_ssm.model_zoo.checkpoints import misfits
+from vision_ssm.model_zoo.checkpoints import UNREADABLE, misfits
 
 __all__ = [
-    "latest_checkpoint",
+    "find_checkpoint",
     "load_into",
     "make_writable",
+    "read_checkpoint",
     "read_state",
+    "require_fit",
     "save_weights",
     "write_atomically",
     "write_json",
 ]
 
+PARTIAL = ".partial-"  # begins the names of files that are not complete
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets ``write`` fill a file beside ``path``, flushes it to the disk and renames it: all of it or nothing."""
-    partial = path.with_name(f".partial-{path.name}")
+    partial = path.with_name(f"{PARTIAL}{path.name}")
     try:
         write(partial)
         with partial.open("rb+") as file:
@@ -42,6 +46,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a folder cannot be opened; its entries are the file system's care
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def make_writable(folder: Path) -> None:
@@ -68,16 +78,27 @@ def finite(node: Any) -> Any:
     return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
-def latest_checkpoint(folder: Path) -> Path:
-    """The Runner's checkpoint with the highest step.
+def find_checkpoint(folder: Path, which: str) -> Path:
+    """The Runner's checkpoint that a run continues from.
+
+    Args:
+        folder: of the run.
+        which: "latest", the one with the highest step; "previous", the one before that; or a path.
 
     Raises:
-        FileNotFoundError: the folder holds none.
+        FileNotFoundError: there is none.
     """
+    if which not in ("latest", "previous"):
+        require_file(Path(which))
+        return Path(which)
     found = sorted(folder.glob("iter_*.pth"), key=lambda path: int(path.stem.removeprefix("iter_")))
     if not found:
         raise FileNotFoundError(f"no checkpoint iter_*.pth in {folder}, so nothing to resume; start without --resume")
-    return found[-1]
+    if which == "latest":
+        return found[-1]
+    if len(found) == 1:
+        raise FileNotFoundError(f"{found[0]} is the only checkpoint in {folder}; there is none before it")
+    return found[-2]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -88,10 +109,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     require_file(path)
     try:
+        if is_zipfile(path) and (damaged := ZipFile(path).testzip()):
+            raise ValueError(f"{damaged} was changed after it was written")  # torch.load compares no checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (*UNREADABLE, BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is truncated or no checkpoint ({reason}); use an earlier one") from error
+        raise ValueError(
+            f"{path} is truncated or no checkpoint ({reason}); use an earlier one, as --resume previous does"
+        ) from error
     if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} has no state_dict; give a checkpoint that `vision-ssm train` wrote, or .safetensors")
     return dict(checkpoint)
@@ -119,15 +144,20 @@ def require_file(path: Path) -> None:
         raise FileNotFoundError(f"no such checkpoint: {path}. Give a .pth or .safetensors file")
 
 
+def require_fit(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
+    """Raises ValueError unless every key and shape of ``state`` is the module's."""
+    if found := misfits(state, module):
+        listed = "; ".join(f"{len(keys)} {complaint} (e.g. {keys[0]})" for complaint, keys in found.items())
+        raise ValueError(f"{source} holds the weights of another model: {listed}. Use the config it was trained with")
+
+
 def load_into(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
     """Strictly loads ``state``; nothing is changed unless every key and shape fits.
 
     Raises:
         ValueError: the weights belong to another model.
     """
-    if found := misfits(state, module):
-        listed = "; ".join(f"{len(keys)} {complaint} (e.g. {keys[0]})" for complaint, keys in found.items())
-        raise ValueError(f"{source} holds the weights of another model: {listed}. Use the config it was trained with")
+    require_fit(module, state, source)
     module.load_state_dict(dict(state))
 
 

@@ -1,14 +1,16 @@
-"""Hooks that make a run resumable: plain checkpoints, exact random state, Ctrl-C between two steps."""
+"""Hooks that make a run resumable: plain checkpoints, exact random state, stops between two steps."""
 
+import random
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine.dist import all_gather_object, all_reduce, get_rank
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import Runner
@@ -17,10 +19,11 @@ __all__ = ["InterruptHook", "PlainStateHook", "TrainingInterrupted", "deferred_i
 
 
 class PlainStateHook(Hook):
-    """Keeps the log history as tensors and the state of the random generators in every checkpoint.
+    """Keeps the log history as tensors, and every process's state of the random generators, in each checkpoint.
 
     mmengine pickles its ``HistoryBuffer``; tensors in their place are what a safe ``torch.load`` accepts. The
-    generators are put back just before the first resumed step, after everything that a start draws from them.
+    generators are put back just before the first resumed step, after everything that a start draws from them. What a
+    validation draws leaves training as it is; one that was due after the step of the checkpoint is made up for.
     """
 
     priority = "VERY_LOW"
@@ -43,24 +46,52 @@ class PlainStateHook(Hook):
             {name: value for name, value in state.items() if not callable(value)}
             for state in checkpoint.get("param_schedulers", [])
         ]
-        checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state()
+        checkpoint["random_states"] = all_gather_object(random_state())
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         scalars = checkpoint["message_hub"]["log_scalars"]
         checkpoint["message_hub"]["log_scalars"] = {
             name: HistoryBuffer(values.tolist(), counts.tolist()) for name, (values, counts) in scalars.items()
         }
-        self.random_state = checkpoint["random_state"]
+        self.random_state = checkpoint["random_states"][get_rank()]
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        loop = runner.train_loop
+        if self.random_state is None or runner.val_loop is None or loop.iter < loop.val_begin:
+            return
+        if loop.iter % loop.val_interval == 0 or loop.iter == loop.max_iters:
+            runner.val_loop.run()
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        self.training_state = random_state()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        set_random_state(self.training_state)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         if self.random_state is None:
             return
-        torch.set_rng_state(self.random_state["cpu"])
-        if torch.cuda.is_available() and "cuda" in self.random_state:
-            torch.cuda.set_rng_state(self.random_state["cuda"])
+        set_random_state(self.random_state)
         self.random_state = None
+
+
+def random_state() -> dict[str, Any]:
+    """States of this process's generators: torch's on the CPU and on its GPU, NumPy's, Python's."""
+    name, keys, *rest = np.random.get_state()
+    state = {"cpu": torch.get_rng_state(), "python": random.getstate()}
+    state["numpy"] = (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest)
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -73,7 +104,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class InterruptRequest:
-    """Whether Ctrl-C was pressed; a second press interrupts at once."""
+    """Whether Ctrl-C was pressed, or SIGTERM sent; a second time interrupts at once."""
 
     def __init__(self) -> None:
         self.pending = False
@@ -86,25 +117,31 @@ class InterruptRequest:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[InterruptRequest]:
-    """Turns Ctrl-C into a request, so that no step is left half done. Only the main thread receives signals."""
+    """Turns Ctrl-C, and a scheduler's SIGTERM, into a request, so that no step is left half done.
+
+    Only the main thread receives signals.
+    """
     request = InterruptRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    previous = signal.signal(signal.SIGINT, request)
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class InterruptHook(Hook):
-    """After the step in which Ctrl-C was pressed: writes a checkpoint and stops."""
+    """After the step in which Ctrl-C was pressed, or SIGTERM came: writes a checkpoint and stops."""
 
     priority = "LOWEST"
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if not runner.interrupt.pending:
+        pending = torch.tensor(int(runner.interrupt.pending))
+        all_reduce(pending, op="max")  # processes stop together
+        if not pending or not runner.optim_wrapper.should_update():  # accumulated gradients would be lost
             return
         step = runner.iter + 1
         name = f"iter_{step}.pth"

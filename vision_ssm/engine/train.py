@@ -29,7 +29,7 @@ class TrainingResult:
         steps: optimizer steps since the start, earlier runs included.
         seconds: wall clock of this run's training and validation; evaluation at the end is not counted.
         device: type of the device, such as cpu or cuda.
-        losses: training loss of every step.
+        losses: training loss of every step, the mean over all processes.
         scores: metrics on the test set after the last step.
     """
 
@@ -43,15 +43,18 @@ class TrainingResult:
 
 
 def train(
-    config: Config, work_dir: Path, *, console: Console, title: str = "training", resume: bool = False
+    config: Config, work_dir: Path, *, console: Console, title: str = "training", resume: str | None = None
 ) -> tuple[TrainingResult, nn.Module]:
     """Trains, evaluates on the test set, and leaves ``weights.safetensors`` and ``metrics.json`` in ``work_dir``.
+
+    Args:
+        resume: see ``build_runner``.
 
     Returns:
         What was measured, and the task that was trained, in evaluation mode.
 
     Raises:
-        FileExistsError, PermissionError, FileNotFoundError: see ``build_runner``.
+        FileExistsError, PermissionError, FileNotFoundError, ValueError: see ``build_runner``.
         TrainingInterrupted: Ctrl-C; a checkpoint was kept.
     """
     progress = ProgressHook(console, title=title, score=config.score)
@@ -63,7 +66,7 @@ def train(
         progress.close()
     seconds = time.perf_counter() - start
 
-    task = runner.task.eval()
+    task = runner.finish()
     result = TrainingResult(
         config=config_name(config),
         parameters=count_parameters(task.net),
