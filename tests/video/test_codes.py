@@ -18,7 +18,7 @@ from vision_ssm.video import (
     code_loss,
     convs5_stack,
 )
-from vision_ssm.video.next_code import AT_ONCE
+from vision_ssm.video.next_map import AT_ONCE
 from vision_ssm.video.tokenizer import Codebook
 
 CODES = 12
@@ -125,6 +125,13 @@ def test_codes_that_are_not_shown_are_seen_as_such():
     assert not torch.allclose(logits[:, 1], model(codes)[0][:, 1])
     logits[:, 1].sum().backward()
     assert not model.encoder[0].table.weight.grad[CODES - 1 :].isnan().any()
+
+
+def test_only_the_places_asked_for_are_decoded():
+    model = small()
+    codes = torch.randint(0, CODES, (2, 5, 4, 4))
+    at = torch.tensor([3, 0])
+    assert_close(model.predict(codes, at=at)[0], model(codes)[0][:, at])
 
 
 def test_the_loss_is_smoothed_cross_entropy():

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from vision_ssm.layers.convs5 import State
 from vision_ssm.video.next_frame import check_frames, check_widths, frame_decoder, frame_encoder
-from vision_ssm.video.next_map import MASKED, NextMap, Rollout, collect
+from vision_ssm.video.next_map import AT_ONCE, MASKED, NextMap, Rollout, collect
 from vision_ssm.video.tokenizer import Tokenizer, check_codes
 
 HIDDEN = -2.0  # what the published model sees of a frame that is not shown
-AT_ONCE = 256  # frames that the tokenizer encodes at once: activations of whole clips would not fit
 
 
 def code_loss(logits: Tensor, codes: Tensor, *, label_smoothing: float = 0.01) -> Tensor:
@@ -167,6 +166,7 @@ class CodedVideo(nn.Module):
             raise ValueError(f"the model must have the {tokenizer.codes} codes of its tokenizer; got {model.codes}")
         self.tokenizer = tokenizer.requires_grad_(False).eval()
         self.model = model
+        self.channels, self.stride = tokenizer.channels, tokenizer.stride * model.stride
 
     def train(self, mode: bool = True) -> "CodedVideo":
         super().train(mode)
@@ -175,8 +175,8 @@ class CodedVideo(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        """Codes (b, t, h', w') of frames (b, t, k, h, w)."""
-        check_frames(frames, self.tokenizer.channels, self.tokenizer.stride * self.model.stride)
+        """Codes (b, t, h', w') of frames (b, t, k, h, w), in parts: activations of whole clips would not fit."""
+        check_frames(frames, self.channels, self.stride)
         parts = frames.split(max(1, AT_ONCE // len(frames)), dim=1)
         return torch.cat([self.tokenizer.encode(part) for part in parts], dim=1)
 
