@@ -1,10 +1,24 @@
 """What others wrote is not run: configs and overrides under --safe, and files that are downloaded."""
 
+import hashlib
+import io
+import os
+import urllib.request
+import urllib.response
+from dataclasses import dataclass, field, replace
+from email.message import Message
 from pathlib import Path
+from typing import Any
+from urllib.error import URLError
 
 import pytest
+from rich.console import Console
 
+from vision_ssm.engine import download as downloads
+from vision_ssm.engine import zoo
 from vision_ssm.engine.config import build, config_names, load_config
+from vision_ssm.engine.download import DownloadError, cache_folder, download
+from vision_ssm.model_zoo.catalogue import cards
 from vision_ssm.tools import __main__ as cli
 
 UNET = "medical/deep_grey_vmamba_unet"
@@ -129,3 +143,200 @@ def test_commands_take_safe_and_say_what_a_config_is(
         cli.main([command, *subcommand, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "a config is Python and runs as code when it is read" in shown
+
+
+CONTENT = bytes(range(256)) * 9000  # more than two blocks
+HASH = hashlib.sha256(CONTENT).hexdigest()
+URL = "https://zoo.example/weights.pth"
+
+
+@dataclass
+class Server(urllib.request.HTTPSHandler):
+    """What stands where TLS would: answers by address, and remembers what was asked."""
+
+    answers: dict[str, Any] = field(default_factory=lambda: {URL: CONTENT})
+    headers: dict[str, str] = field(default_factory=lambda: {"Content-Length": str(len(CONTENT))})
+    asked: list[str] = field(default_factory=list)
+
+    def https_open(self, request: Any) -> Any:
+        self.asked.append(request.full_url)
+        answer = self.answers.get(request.full_url, 404)
+        if isinstance(answer, BaseException):
+            raise answer
+        headers = Message()
+        code, body = 200, b""
+        if isinstance(answer, str):
+            code = 302
+            headers["Location"] = answer
+        elif isinstance(answer, int):
+            code = answer
+        else:
+            body = answer
+            for name, value in self.headers.items():
+                headers[name] = value
+        response = urllib.response.addinfourl(io.BytesIO(body), headers, request.full_url, code)
+        response.msg = "as told"
+        return response
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    server = Server()
+    monkeypatch.setattr(downloads, "HTTPSHandler", lambda: server)
+    return server
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "weights.pth"
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_download_with_its_hash_is_whole(server: Server, target: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    download(URL, target, sha256=HASH.upper(), progress=lambda done, total: seen.append((done, total)))
+    assert target.read_bytes() == CONTENT
+    assert files(target.parent) == [target.name]
+    assert seen[-1] == (len(CONTENT), len(CONTENT))
+    assert len(seen) > 2
+
+
+def test_redirects_from_https_to_https_are_followed(server: Server, target: Path) -> None:
+    server.answers = {URL: "https://mirror.example/a", "https://mirror.example/a": CONTENT}
+    download(URL, target, sha256=HASH)
+    assert target.read_bytes() == CONTENT
+    assert server.asked == [URL, "https://mirror.example/a"]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another hash": ({"sha256": "0" * 64}, rf"has the SHA-256 {HASH}, not 0{{64}}; nothing of it is kept"),
+    "to http": ({"answers": {URL: "http://mirror.example/a"}}, "http://mirror.example/a is not an https address"),
+    "to a file": ({"answers": {URL: "file:///etc/passwd"}}, "Redirection to url 'file:///etc/passwd' is not allowed"),
+    "to ftp": ({"answers": {URL: "ftp://mirror.example/a"}}, "is not an https address"),
+    "in circles": ({"answers": {URL: URL}}, "the server answers 302"),
+    "absent": ({"answers": {}}, "the server answers 404"),
+    "down": ({"answers": {URL: 503}}, "the server answers 503"),
+    "unreachable": ({"answers": {URL: URLError("no route")}}, "cannot be reached: no route"),
+    "reset": ({"answers": {URL: ConnectionResetError("reset")}}, "reset"),
+    "cut": ({"answers": {URL: CONTENT[:-1]}}, f"broke off after {len(CONTENT) - 1} of {len(CONTENT)} bytes"),
+    "too large, as announced": ({"limit": 1000}, f"has {len(CONTENT)} bytes, more than the 1000"),
+    "too large, in silence": ({"limit": 1000, "headers": {}}, "sends more than the 1000 bytes"),
+    "http": ({"url": "http://zoo.example/weights.pth"}, "is not an https address"),
+    "file": ({"url": "file:///etc/passwd"}, "is not an https address"),
+    "no host": ({"url": "https:///weights.pth"}, "is not an https address"),
+}
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["new", "over a file"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_download_that_is_refused_leaves_nothing_behind(
+    server: Server, target: Path, case: str, earlier: bool
+) -> None:
+    changes, message = REFUSED[case]
+    for name in ("answers", "headers"):
+        setattr(server, name, changes.get(name, getattr(server, name)))
+    if earlier:
+        target.parent.mkdir()
+        target.write_text("precious")
+    with pytest.raises(DownloadError, match=message):
+        download(
+            changes.get("url", URL),
+            target,
+            sha256=changes.get("sha256", HASH),
+            limit=changes.get("limit", downloads.LIMIT),
+        )
+    assert files(target.parent) == [target.name] * earlier
+    assert not earlier or target.read_text() == "precious"
+
+
+@pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()], ids=["full disk", "Ctrl-C"])
+def test_an_interrupted_download_leaves_nothing_behind(
+    server: Server, target: Path, failure: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(descriptor: int) -> None:
+        assert len(files(target.parent)) == 1
+        raise failure
+
+    monkeypatch.setattr(os, "fsync", stop)
+    with pytest.raises(type(failure)):
+        download(URL, target, sha256=HASH)
+    assert files(target.parent) == []
+
+
+def test_the_opener_knows_https_alone() -> None:
+    opener = downloads.encrypted()
+    assert "https" in opener.handle_open
+    assert not {"http", "ftp", "file", "data"} & set(opener.handle_open)
+    with pytest.raises(URLError, match="unknown url type: http"):
+        opener.open("http://zoo.example/weights.pth")
+
+
+@pytest.mark.parametrize("given", ["relative", "absolute", "none"])
+def test_the_cache_is_the_users_own(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if given != "none":
+        monkeypatch.setenv("XDG_CACHE_HOME", "cache" if given == "relative" else str(tmp_path / "xdg"))
+    folder = tmp_path / ("xdg" if given == "absolute" else ".cache")  # the specification ignores relative ones
+    assert cache_folder() == folder / "vision_ssm"
+
+
+@pytest.fixture
+def card(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A card of the catalogue whose file the server has, with a cache of its own."""
+    card = replace(cards()[-1], url=URL)
+    monkeypatch.setattr(zoo, "cards", lambda: (card,))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return card
+
+
+def test_a_fetched_file_is_kept_in_the_cache_and_fetched_once(
+    card: Any, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["zoo", "fetch", card.model, "--sha256", HASH]
+    assert cli.main(command) == 0
+    fetched = Path(capsys.readouterr().out.strip())
+    assert fetched == tmp_path / "vision_ssm" / "zoo" / HASH / card.file
+    assert cli.main(command) == 0
+    assert server.asked == [URL]
+    fetched.write_text("damaged")
+    assert zoo.fetch(card.file, sha256=HASH, console=Console(quiet=True)) == fetched
+    assert fetched.read_bytes() == CONTENT
+
+
+def test_a_wrong_hash_leaves_the_cache_empty(card: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["zoo", "fetch", card.model, "--sha256", "0" * 64]) == 2
+    assert f"has the SHA-256 {HASH}" in capsys.readouterr().err
+    assert list((tmp_path / "vision_ssm" / "zoo").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sha256", "message"),
+    [
+        ({"sha256": None}, None, "the authors state no SHA-256"),
+        ({"sha256": HASH}, "1" * 64, f"was published with the SHA-256 {HASH}, not 1"),
+        ({"url": None}, HASH, "no address of .* is known; it is published at https"),
+        ({"url": URL.replace("https", "http")}, HASH, "is not an https address"),
+        ({}, "abc", "a SHA-256 has 64 hexadecimal digits; got 'abc'"),
+    ],
+)
+def test_a_file_that_cannot_be_checked_is_not_fetched(
+    card: Any, server: Server, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], sha256: str, message: str
+) -> None:
+    monkeypatch.setattr(zoo, "cards", lambda: (replace(card, **changes),))
+    with pytest.raises((ValueError, DownloadError), match=message):
+        zoo.fetch(card.model, sha256=sha256, console=Console(quiet=True))
+    assert server.asked == []
+
+
+def test_a_name_that_is_not_one_file_lists_the_files() -> None:
+    with pytest.raises(ValueError, match=r"no published files of 'resnet50'; name one of .*\.pth"):
+        zoo.fetch("resnet50", console=Console(quiet=True))
+
+
+def test_the_addresses_of_the_cards_are_encrypted() -> None:
+    assert all(card.page.startswith("https://") for card in cards())
+    assert all(card.url is None or card.url.startswith("https://") for card in cards())

@@ -1,9 +1,10 @@
-"""List the published checkpoints, convert an official file to safetensors, or verify either.
+"""List the published checkpoints, fetch one, convert an official file to safetensors, or verify either.
 
 Examples:
   vision-ssm zoo list
   vision-ssm zoo list vim
   vision-ssm zoo list 'vmamba_tiny*'
+  vision-ssm zoo fetch vim_tiny --sha256 HEX
   vision-ssm zoo convert vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba_tiny.safetensors
   vision-ssm zoo verify vmamba_tiny.safetensors
   vision-ssm zoo render --into README.md
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, markup=False)
     if args.command == "list":
         zoo.print_cards(console, zoo.find_cards(args.which))
+    elif args.command == "fetch":
+        console.print(str(zoo.fetch(args.which, sha256=args.sha256, console=console)), soft_wrap=True)
     elif args.command == "convert":
         metadata = zoo.convert_file(args.source, args.target, model=args.model, overwrite=args.overwrite)
         lines = (f"{key:14} {value}" for key, value in {"wrote": args.target, **metadata}.items())
@@ -54,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="what was published, and where")
     listing.add_argument("which", nargs="?", default="*", metavar="NAME", help="family, or pattern of model names")
+    fetching = commands.add_parser("fetch", help="download an official file to the user's cache, checked by its hash")
+    fetching.add_argument("which", metavar="NAME", help="model, or published file")
+    fetching.add_argument("--sha256", metavar="HEX", help="what the file must have, where its authors state none")
     converting = commands.add_parser("convert", help="official file to safetensors")
     converting.add_argument("source", type=Path, metavar="OFFICIAL", help="file of the authors' release")
     converting.add_argument("target", type=Path, metavar="OUT", help="new .safetensors file")

@@ -1,4 +1,4 @@
-"""Published checkpoints: listed, converted with their provenance, and verified."""
+"""Published checkpoints: listed, fetched, converted with their provenance, and verified."""
 
 import hashlib
 import tempfile
@@ -10,16 +10,18 @@ from pathlib import Path
 import timm
 import torch
 from rich.console import Console
+from rich.progress import DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from vision_ssm._version import __version__
 from vision_ssm.engine.checkpoint import require_file, write_atomically
+from vision_ssm.engine.download import cache_folder, download, require_sha256
 from vision_ssm.model_zoo import checkpoints
 from vision_ssm.model_zoo.catalogue import Card, card_of_file, cards
 
-__all__ = ["Verdict", "VerificationError", "convert_file", "find_cards", "print_cards", "verify_file"]
+__all__ = ["Verdict", "VerificationError", "convert_file", "fetch", "find_cards", "print_cards", "verify_file"]
 
 _AVERAGES = ("model_ema", "state_dict_ema")
 
@@ -80,6 +82,62 @@ def print_cards(console: Console, found: Sequence[Card]) -> None:
     for card in found:
         stated = f", SHA-256 {card.sha256}" if card.sha256 else ""
         console.print(f"{card.model}: {card.file} from {card.url or card.page}{stated}", soft_wrap=True)
+
+
+def fetch(which: str, *, sha256: str | None = None, console: Console) -> Path:
+    """The official file of a card, in the user's cache; fetched over https unless it is there and whole.
+
+    Args:
+        which: name of a model or of a published file.
+        sha256: what the file must have; that of the card by default.
+
+    Raises:
+        ValueError: no such card, or several; a card without an address; no hash is known, or another one than the card
+            states.
+        DownloadError: see ``vision_ssm.engine.download.download``; nothing is kept then.
+    """
+    card = only_card(which)
+    if card.url is None:
+        raise ValueError(f"no address of {card.file} is known; it is published at {card.page}")
+    if card.sha256 is not None and sha256 not in (None, card.sha256):
+        raise ValueError(f"{card.file} was published with the SHA-256 {card.sha256}, not {sha256}")
+    expected = card.sha256 or sha256
+    if expected is None:
+        raise ValueError(
+            f"the authors state no SHA-256 of {card.file}, so a download could not be checked; give the hash of a copy "
+            f"that you trust by --sha256, or fetch it yourself from {card.page}"
+        )
+    require_sha256(expected)
+    target = cache_folder() / "zoo" / expected.lower() / Path(card.file).name
+    if target.is_file() and _sha256(target) == expected.lower():
+        return target
+    columns = TextColumn("{task.description}"), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(card.file)
+        try:
+            download(
+                card.url,
+                target,
+                sha256=expected,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        finally:
+            if target.parent.is_dir() and not any(target.parent.iterdir()):
+                target.parent.rmdir()
+    return target
+
+
+def only_card(which: str) -> Card:
+    """The card of a model, or of a published file.
+
+    Raises:
+        ValueError: there is none, or a model has several files.
+    """
+    found = [card for card in cards() if which in (card.model, card.file)]
+    if len(found) != 1:
+        files = ", ".join(card.file for card in found or cards())
+        raise ValueError(f"{len(found) or 'no'} published files of {which!r}; name one of {files}")
+    return found[0]
 
 
 def convert_file(source: Path, target: Path, *, model: str | None = None, overwrite: bool = False) -> dict[str, str]:
