@@ -373,6 +373,7 @@ class TemporalStack(nn.Module):
     def forward(self, u: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"{len(self.layers)} layers need as many states; got {len(state)}. Is it another model's?")
+        u = u.contiguous()  # channels last, for convolutions and the scan, which would otherwise copy in each layer
         last = []
         for layer, before in zip(self.layers, state or [None] * len(self.layers), strict=True):
             if self.grad_checkpointing and torch.is_grad_enabled():

@@ -46,12 +46,17 @@ class ConvLSTM(nn.Module):
         if state is not None and tuple(state.shape) != shape:
             raise ValueError(f"the state must have shape {shape}; got {tuple(state.shape)}. Is it another model's?")
         h, cell = u.new_zeros(shape) if state is None else state
+        inward = self.inward(u.flatten(0, 1).movedim(-1, 1)).movedim(1, -1).unflatten(0, (frames, clips))
         found = []
-        for t, inward in enumerate(self.inward(u.flatten(0, 1).movedim(-1, 1)).unflatten(0, (frames, clips))):
+        for t, entering in enumerate(inward):
             if reset is not None:
                 h, cell = (m.masked_fill(reset[t].view(-1, 1, 1, 1), 0) for m in (h, cell))
-            enter, keep, show, new = (inward + self.across(h)).chunk(4, dim=1)
-            cell = torch.sigmoid(keep) * cell + torch.sigmoid(enter) * torch.tanh(new)
-            h = torch.sigmoid(show) * torch.tanh(cell)
-            found.append(h)
-        return self.norm(u + torch.stack(found).movedim(2, -1)), torch.stack([h.to(cell.dtype), cell])
+            h, cell = self.advance(entering.movedim(-1, 1) + self.across(h), cell)
+            found.append(h.movedim(1, -1))  # as u is laid out: gathering them moves no channel
+        return self.norm(u + torch.stack(found)), torch.stack([h.to(cell.dtype), cell])
+
+    def advance(self, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """What the gates (b, 4 c, h, w) make of the cell (b, c, h, w): the output and the next cell."""
+        enter, keep, show, new = gates.chunk(4, dim=1)
+        cell = torch.sigmoid(keep) * cell + torch.sigmoid(enter) * torch.tanh(new)
+        return torch.sigmoid(show) * torch.tanh(cell), cell

@@ -9,7 +9,6 @@ Modeling", NeurIPS 2023, arXiv:2310.19694, on Moving-MNIST. Frames have values i
 from collections.abc import Sequence
 from itertools import pairwise
 
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from vision_ssm.layers.convs5 import EPS
@@ -49,6 +48,17 @@ class ResNetUnit(nn.Module):
         return self.skip(x) + 0.1 * self.inner(x)
 
 
+class CellNorm(nn.LayerNorm):
+    """Norm over the channels of each cell: (n, c, h, w) -> (n, c, h, w).
+
+    The cells are a list meanwhile: a map with channels last, of four axes beside convolutions, inductor would lay out
+    anew, as if rows were its channels.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
 def frame_encoder(channels: int, widths: Sequence[int], units: int) -> nn.Sequential:
     """A convolution and a unit, then for each further width a halved map and ``units`` units."""
     parts: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1), ResNetUnit(widths[0], widths[0])]
@@ -66,7 +76,7 @@ def frame_decoder(dim: int, widths: Sequence[int], units: int, channels: int) ->
             parts.append(nn.UpsamplingNearest2d(scale_factor=2))
         parts += [ResNetUnit(before, width), *(ResNetUnit(width, width) for _ in range(units - 1))]
         before = width
-    return nn.Sequential(*parts, LayerNorm2d(before, eps=EPS), nn.Conv2d(before, channels, 1))
+    return nn.Sequential(*parts, CellNorm(before, eps=EPS), nn.Conv2d(before, channels, 1))
 
 
 def check_widths(encoder: Sequence[int], decoder: Sequence[int]) -> None:

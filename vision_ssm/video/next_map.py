@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vision_ssm.layers.convs5 import State, discrete
 
 MASKED = -1  # the action, or the code, of what is not known
-AT_ONCE = 256  # maps that go through an encoder or decoder at once, where all would not fit
+AT_ONCE = 300  # maps that go through an encoder or decoder at once, where all would not fit; 8 clips of 300 are 8 times
 
 Step = Callable[[Tensor, Tensor | None, State], tuple[Tensor, State]]
 """A map (b, ...), the action (b,) that follows or none, and the state -> a prediction (b, ...) and the next state."""
