@@ -25,7 +25,18 @@ from torch.utils.data import DataLoader
 __all__ = ["build", "config_name", "config_names", "load_config", "settings"]
 
 OWN_KEYS = frozenset(
-    {"classes", "data_root", "entrants", "frame_size", "modalities", "notes", "prepare", "regions", "score"}
+    {
+        "classes",
+        "data_root",
+        "entrants",
+        "frame_size",
+        "modalities",
+        "model_wrapper_cfg",
+        "notes",
+        "prepare",
+        "regions",
+        "score",
+    }
 )
 DATA_LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 INJECTED_KEYS = frozenset({"type", "priority", "dataset"})  # read by mmengine itself, whatever the type
