@@ -125,6 +125,7 @@ def test_an_override_that_could_run_code_is_refused(trap: Path, override: str, r
 
 
 READERS = {
+    "train": ["evil.py"],
     "experiment": ["run", "evil.py", "--out", "runs.jsonl", "--seconds", "1"],
     "bundle": ["create", "evil.py", "weights.safetensors", "out"],
 }

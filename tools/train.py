@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from vision_ssm.tools.errors import debug_option, run
+from vision_ssm.tools.errors import config_options, debug_option, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vision_ssm.engine.train import train
 
     console = Console(quiet=os.environ.get("RANK", "0") != "0")  # torchrun: one voice for all processes
-    config = load_config(args.config, args.set)
+    config = load_config(args.config, args.set, safe=args.safe)
     work_dir = args.work_dir or Path("runs") / config_name(config)
     result, _ = train(config, work_dir, console=console, title=config_name(config), resume=args.resume)
     print_scores(console, {config_name(config): result})
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         prog="vision-ssm train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[debug_option()],
+        parents=[debug_option(), config_options()],
     )
     p.add_argument("config", help="path of a config, or a name under configs/ such as medical/deep_grey_vmamba_unet")
     p.add_argument("--work-dir", type=Path, help="folder of logs and checkpoints; runs/CONFIG by default")
@@ -48,7 +48,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="continue from the latest checkpoint in the folder; also: previous, the one before it, or a path",
     )
-    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override config entries")
     return p
 
 
