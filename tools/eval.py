@@ -5,17 +5,24 @@ surfaces within a tolerance (NSD), for every case and class; means come with 95 
 class that neither map holds is left out; so is the HD95 of one that only one of them holds, which is counted as missed
 or invented. --out FILE.json also writes FILE.csv, the scores of each case, and FILE.png, the best, median and worst.
 
+Clips are gone on from after the config's context, and every generated frame is compared with the true one: MSE, PSNR
+and SSIM on values in [0, 1], and LPIPS where AlexNet's weights are on the disk; FVD of whole clips by --features. --out
+FILE.json also writes FILE.csv and FILE.png, the curves over the frames.
+
 Examples:
   vision-ssm eval medical/deep_grey_vmamba_unet runs/brain/weights.safetensors
   vision-ssm eval medical/deep_grey_vmamba_unet runs/brain/iter_400.pth --out metrics.json
   vision-ssm eval medical/deep_grey_vmamba_unet --labels labels/ --truth truth/ --images cases/ --out scores.json
+  vision-ssm eval video/moving_digits_convs5_nano runs/digits/weights.safetensors --out rollouts.json
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vision_ssm.tools.errors import debug_option, run
+from vision_ssm.tools.errors import config_options, debug_option, run
+
+SOME = ("tolerance", "features")  # options that only some tasks take; absent unless given
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,16 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
+    from vision_ssm.engine.commands import COMPARISONS, MEASURES, call
     from vision_ssm.engine.config import load_config
-    from vision_ssm.engine.evaluate import measure_checkpoint, measure_folder
 
     console = Console(soft_wrap=True, highlight=False)
-    config = load_config(args.config, args.set)
-    options = {"console": console, "tolerance": args.tolerance, "out": args.out}
-    if args.labels:
-        measure_folder(config, args.labels, args.truth, args.images, **options)
-    else:
-        measure_checkpoint(config, args.checkpoint, **options)
+    config = load_config(args.config, args.set, safe=args.safe)
+    options = {name: value for name, value in vars(args).items() if name in SOME}
+    paths = [args.labels, args.truth, args.images] if args.labels else [args.checkpoint]
+    serving = COMPARISONS if args.labels else MEASURES
+    call(serving, config, *paths, console=console, out=args.out, options=options)
     return 0
 
 
@@ -44,16 +50,17 @@ def parser() -> argparse.ArgumentParser:
         prog="vision-ssm eval",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[debug_option()],
+        parents=[config_options(), debug_option()],
     )
     p.add_argument("config", help="path of a config, or a name under configs/ such as medical/deep_grey_vmamba_unet")
     p.add_argument("checkpoint", nargs="?", type=Path, help="weights (.safetensors) or a checkpoint (.pth) of it")
     p.add_argument("--labels", type=Path, metavar="FOLDER", help="label maps to score in place of a checkpoint")
     p.add_argument("--truth", type=Path, metavar="FOLDER", help="true label maps of the same names")
     p.add_argument("--images", type=Path, metavar="FOLDER", help="images of the same names, for the figure")
-    p.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of NSD in millimetres, 1 by default")
-    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override config entries, as in training")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="write the scores here, and a table and figure beside")
+    some = p.add_argument_group("of some tasks", argument_default=argparse.SUPPRESS)
+    some.add_argument("--tolerance", type=float, metavar="MM", help="of NSD in millimetres, 1 by default")
+    some.add_argument("--features", type=Path, metavar="FILE", help="TorchScript network of clips (n, 3, t, 224, 224)")
     return p
 
 

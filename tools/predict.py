@@ -1,21 +1,28 @@
-"""Label volumes: a NIfTI file, a DICOM series or a folder of cases; the maps lie on the volumes' own grids.
+"""Label volumes, or go on with a clip, as the task of the config is.
 
-IN is a .nii or .nii.gz file, the folder of one DICOM series, or a folder of such files and folders; in it, NAME_0000,
-NAME_0001, ... are channels of one case, as are the files in a folder. OUT is a .nii or .nii.gz file for one case, or a
-folder. Beside the label maps go an overlay of each (.png) and a table of volumes in millilitres (.csv). A folder that
-is half done goes on where it was; the exit status is 1 if a case failed.
+Volumes: IN is a .nii or .nii.gz file, the folder of one DICOM series, or a folder of such files and folders; in it,
+NAME_0000, NAME_0001, ... are channels of one case, as are the files in a folder. OUT is a .nii or .nii.gz file for one
+case, or a folder. The maps lie on the volumes' own grids; beside them go an overlay of each (.png) and a table of
+volumes in millilitres (.csv). A folder that is half done goes on where it was; the exit status is 1 if a case failed.
+
+Clips: IN is a video, or a clip in an array (.npy), (t, h, w) or (t, k, h, w). Its first frames, as many as the config's
+context, are gone on from. OUT is a video (.mp4, .gif, .mkv) of the frames that follow; beside it goes a sheet of frames
+of the context, true ones and generated ones (.png).
 
 Examples:
   vision-ssm predict medical/deep_grey_vmamba_unet runs/brain/weights.safetensors in.nii.gz out.nii.gz
   vision-ssm predict medical/deep_grey_vmamba_unet runs/brain/weights.safetensors series/ out.nii.gz --flips xy
   vision-ssm predict medical/deep_grey_vmamba_unet runs/brain/weights.safetensors cases/ labels/ --probabilities
+  vision-ssm predict video/moving_digits_convs5_nano runs/digits/weights.safetensors in.mp4 out.mp4 --frames 1000
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vision_ssm.tools.errors import debug_option, run
+from vision_ssm.tools.errors import config_options, debug_option, run
+
+SOME = ("probabilities", "flips", "frames", "actions", "fps")  # options that only some tasks take; absent unless given
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,27 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from vision_ssm.engine.cases import nifti_suffix
+    from vision_ssm.engine.commands import PREDICTIONS, call
     from vision_ssm.engine.config import load_config
-    from vision_ssm.engine.evaluate import load_task
-    from vision_ssm.engine.predict import predict_file, predict_folder
-    from vision_ssm.engine.predictor import Predictor
 
-    config = load_config(args.config, args.set)
-    predictor = Predictor(config, load_task(config, args.checkpoint), flips=args.flips)
+    config = load_config(args.config, args.set, safe=args.safe)
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    options = {"probabilities": args.probabilities, "overwrite": args.overwrite}
-    if nifti_suffix(args.target) or (args.target.suffix and not args.target.exists()):
-        written = predict_file(predictor, args.source, args.target, **options)
-        console.print(f"labels:  {written.labels}\noverlay: {written.overlay}\nvolumes: {written.volumes}")
-        return 0
-    batch = predict_folder(predictor, args.source, args.target, console=console, **options)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    for case, reason in batch.failed.items():
-        errors.print(f"vision-ssm: {case} failed: {reason}")
-    counts = f"{len(batch.written)} labelled, {len(batch.kept)} kept from before, {len(batch.failed)} failed"
-    console.print(f"{counts}; labels, overlays and volumes are in {args.target}")
-    return 1 if batch.failed else 0
+    paths = (args.checkpoint, args.source, args.target)
+    options = {name: value for name, value in vars(args).items() if name in SOME}
+    status: int = call(PREDICTIONS, config, *paths, console=console, overwrite=args.overwrite, options=options)
+    return status
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,18 +46,22 @@ def parser() -> argparse.ArgumentParser:
         prog="vision-ssm predict",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[debug_option()],
+        parents=[config_options(), debug_option()],
     )
     p.add_argument("config", help="path of a config, or a name under configs/ such as medical/deep_grey_vmamba_unet")
     p.add_argument("checkpoint", type=Path, help="weights (.safetensors) or a checkpoint (.pth) of that config")
-    p.add_argument("source", type=Path, metavar="IN", help="file, DICOM series or folder of cases to label")
-    p.add_argument("target", type=Path, metavar="OUT", help="label map to write (.nii or .nii.gz), or folder")
-    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override config entries, as in training")
+    p.add_argument("source", type=Path, metavar="IN", help="volume, DICOM series or folder of cases; or clip")
+    p.add_argument("target", type=Path, metavar="OUT", help="label map to write (.nii or .nii.gz), or folder; or video")
     p.add_argument("--overwrite", action="store_true", help="replace files that exist, and label finished cases anew")
-    p.add_argument("--probabilities", action="store_true", help="also write the probability of every class")
-    p.add_argument(
-        "--flips", nargs="?", default="", const="xyz", metavar="AXES", help="average over flips; xyz if no axes follow"
+    volumes = p.add_argument_group("volumes", argument_default=argparse.SUPPRESS)
+    volumes.add_argument("--probabilities", action="store_true", help="also write the probability of every class")
+    volumes.add_argument(
+        "--flips", nargs="?", const="xyz", metavar="AXES", help="average over flips; xyz if no axes follow"
     )
+    clips = p.add_argument_group("clips", argument_default=argparse.SUPPRESS)
+    clips.add_argument("--frames", type=int, metavar="N", help="how many to generate; as IN has left by default")
+    clips.add_argument("--actions", type=Path, metavar="FILE.npy", help="an integer a frame, the context's first")
+    clips.add_argument("--fps", type=float, help="frames per second of OUT, 10 by default")
     return p
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from mmengine.config import Config
 from nibabel.filebasedimages import ImageFileError
 from rich.console import Console
 from rich.progress import track
@@ -17,10 +18,11 @@ from rich.progress import track
 from vision_ssm.data.dicom import read_series
 from vision_ssm.engine.cases import Case, find_cases, nifti_suffix
 from vision_ssm.engine.checkpoint import make_writable, write_atomically
+from vision_ssm.engine.evaluate import load_task
 from vision_ssm.engine.figures import overlays, save_figure, upright
 from vision_ssm.engine.predictor import Predictor
 
-__all__ = ["Batch", "Outputs", "predict_file", "predict_folder"]
+__all__ = ["Batch", "Outputs", "label", "predict_file", "predict_folder"]
 
 QFORM = ("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
 SFORM = ("sform_code", "srow_x", "srow_y", "srow_z")
@@ -77,6 +79,41 @@ class Batch:
     written: list[str]
     kept: list[str]
     failed: dict[str, str]
+
+
+def label(
+    config: Config,
+    checkpoint: Path,
+    source: Path,
+    target: Path,
+    *,
+    console: Console,
+    overwrite: bool = False,
+    probabilities: bool = False,
+    flips: str = "",
+) -> int:
+    """Labels a volume, or every case of a folder, by a checkpoint of a config; 1 if a case of a folder failed, else 0.
+
+    Args:
+        target: a label map (.nii or .nii.gz), see ``predict_file``; or a folder, see ``predict_folder``.
+        console: where the progress goes; failures go to stderr.
+        flips: see ``Predictor``.
+
+    Raises:
+        FileExistsError, PermissionError, FileNotFoundError, ValueError: see these.
+    """
+    predictor = Predictor(config, load_task(config, checkpoint), flips=flips)
+    if nifti_suffix(target) or (target.suffix and not target.exists()):
+        written = predict_file(predictor, source, target, probabilities=probabilities, overwrite=overwrite)
+        console.print(f"labels:  {written.labels}\noverlay: {written.overlay}\nvolumes: {written.volumes}")
+        return 0
+    batch = predict_folder(predictor, source, target, console=console, probabilities=probabilities, overwrite=overwrite)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    for case, reason in batch.failed.items():
+        errors.print(f"vision-ssm: {case} failed: {reason}")
+    counts = f"{len(batch.written)} labelled, {len(batch.kept)} kept from before, {len(batch.failed)} failed"
+    console.print(f"{counts}; labels, overlays and volumes are in {target}")
+    return 1 if batch.failed else 0
 
 
 def predict_file(

@@ -83,5 +83,5 @@ def count_parameters(net: nn.Module) -> int:
 
 
 def input_channels(item: Mapping[str, Tensor]) -> int:
-    """Channels of what a network sees of an item: its ``image`` (c, ...), or the frames of its ``video`` (t, c, h, w)."""
+    """Channels of an item as a network sees it: of its ``image`` (c, ...), or its ``video`` (t, c, h, w)."""
     return len(item["image"]) if "image" in item else item["video"].shape[1]

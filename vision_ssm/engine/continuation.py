@@ -1,0 +1,200 @@
+"""Goes on with a clip: the frames that follow its beginning as a video, and a sheet of them beside the true ones."""
+# Shapes: t frames, k channels, h w a frame.
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from vision_ssm.data.video_files import index_video, read_clip
+from vision_ssm.engine.checkpoint import make_writable
+from vision_ssm.engine.config import config_name
+from vision_ssm.engine.evaluate import load_task
+from vision_ssm.engine.figures import save_figure
+from vision_ssm.engine.runner import device
+from vision_ssm.engine.video import FramePrediction, unit
+from vision_ssm.engine.video_file import ENCODINGS, write_video
+
+__all__ = ["contact_sheet", "continue_file"]
+
+COLUMNS = 10  # of the sheet
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip in a file, of which only some frames are in memory.
+
+    Attributes:
+        length: how many frames it has.
+        read: some of them by their numbers, (t, k, h, w) in [-1, 1].
+    """
+
+    length: int
+    read: Callable[[range], Tensor]
+
+
+def continue_file(
+    config: Config,
+    checkpoint: Path,
+    source: Path,
+    target: Path,
+    *,
+    console: Console,
+    overwrite: bool = False,
+    frames: int | None = None,
+    actions: Path | None = None,
+    fps: float = 10.0,
+) -> int:
+    """Writes the frames that a checkpoint generates after the first ``context`` ones of a clip; returns 0.
+
+    Frames go to the file as they are generated, so that their number is not bound by memory.
+
+    Args:
+        source: a video, which is resized and cropped to the config's ``frame_size``; or an array (.npy) of bytes, or of
+            numbers in [-1, 1], as large as the network takes it: (t, h, w) or (t, k, h, w).
+        target: video to write, see ``write_video``; the contact sheet goes beside it (.png).
+        overwrite: replace files that exist.
+        frames: how many; by default as many as the clip has after the context.
+        actions: a file (.npy) of integers, the action that leads to each frame, those of the context first.
+        fps: frames per second of the video that is written.
+
+    Raises:
+        FileExistsError: an output exists and ``overwrite`` is off.
+        PermissionError: the folder of ``target`` cannot be written.
+        FileNotFoundError, ValueError: a file is missing or unreadable or of another model; the clip is shorter than the
+            context, or its frames do not fit the network; an action does not exist, or there are too few; a number of
+            frames is needed. Nothing is written then.
+    """
+    sheet = check_target(source, target, overwrite=overwrite)
+    task = load_task(config, checkpoint)
+    assert isinstance(task, FramePrediction)
+    clip = open_clip(source, config, task.net.channels)
+    context = task.context
+    if clip.length < context:
+        raise ValueError(
+            f"{source} has {clip.length} frames, the context of {config_name(config)} is {context}; give a longer "
+            "clip, or --set model.context=N"
+        )
+    total = clip.length - context if frames is None else frames
+    if total < 1:
+        raise ValueError(f"{total} frames are to be generated; give --frames N, since {source} may have no more itself")
+    known = None if actions is None else read_actions(actions, context + total)
+    beginning = clip.read(range(context))
+    stream = task.net.stream(beginning[None].to(device()), actions=known)
+
+    shown = chosen(total)
+    generated: dict[int, Tensor] = {}
+
+    def frames_of() -> Iterator[Tensor]:
+        steps = track(range(total), "generating", console=console, disable=not console.is_terminal)
+        for number, (frame, _) in zip(steps, stream, strict=False):
+            if number in shown:
+                generated[number] = unit(frame[0]).cpu()
+            yield frame[0]
+
+    write_video(target, frames_of(), fps)
+    truth = {
+        number: unit(clip.read(range(context + number, context + number + 1))[0])
+        for number in shown
+        if context + number < clip.length
+    }
+    seen = {number: unit(beginning[number]) for number in chosen(context)}
+    save_figure(sheet, contact_sheet(seen, truth, generated, first=context + 1))
+    console.print(f"video: {target}\nsheet: {sheet}")
+    return 0
+
+
+def check_target(source: Path, target: Path, *, overwrite: bool) -> Path:
+    """The path of the contact sheet of ``target``; raises, before any work is done, where they cannot be written."""
+    if target.suffix.lower() not in ENCODINGS:
+        raise ValueError(f"output {target} must be a video that ends in {', '.join(ENCODINGS)}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {target.parent}; create it first")
+    if target.resolve() == source.resolve():
+        raise ValueError(f"output {target} is the clip itself; choose another")
+    sheet = target.with_suffix(".png")
+    if existing := [str(path) for path in (target, sheet) if path.exists() and not overwrite]:
+        raise FileExistsError(f"{' and '.join(existing)} exist; choose another output or pass --overwrite")
+    make_writable(target.parent)
+    return sheet
+
+
+def open_clip(path: Path, config: Config, channels: int) -> Clip:
+    """The clip in a video or in an array; see ``continue_file``."""
+    if path.suffix != ".npy":
+        video = index_video(path)
+        size = tuple(config.frame_size)
+        return Clip(len(video), lambda numbers: read_clip(video, numbers, channels=channels, size=size))
+    pixels = read_array(path)
+    if pixels.ndim not in (3, 4) or 0 in pixels.shape or (pixels.dtype != np.uint8 and pixels.dtype.kind != "f"):
+        raise ValueError(
+            f"{path} must hold frames (t, h, w) or (t, k, h, w), as bytes or as numbers in [-1, 1]; "
+            f"it has {pixels.dtype} {pixels.shape}"
+        )
+
+    def read(numbers: range) -> Tensor:
+        part = torch.from_numpy(np.array(pixels[numbers.start : numbers.stop]))
+        frames = part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part.float()
+        if not (frames.abs() <= 1).all():  # NaN is not
+            raise ValueError(f"{path} must have values in [-1, 1], or bytes; scale them")
+        return frames[:, None] if frames.ndim == 3 else frames
+
+    return Clip(len(pixels), read)
+
+
+def read_array(path: Path) -> np.ndarray:
+    """The array of a file, which stays on the disk."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no array ({error}); write it with numpy.save") from error
+    return array
+
+
+def read_actions(path: Path, count: int) -> Tensor:
+    """Actions (1, count) from a file; whether they exist, the network says."""
+    actions = read_array(path)
+    if actions.ndim != 1 or not np.issubdtype(actions.dtype, np.integer) or len(actions) < count:
+        raise ValueError(
+            f"{path} must hold an integer for each of {count} frames, context included; "
+            f"it has {actions.dtype} {actions.shape}"
+        )
+    return torch.from_numpy(actions[:count].astype(np.int64))[None].to(device())
+
+
+def chosen(total: int) -> list[int]:
+    """Numbers of at most ``COLUMNS`` frames among ``total``, evenly spread, the first and the last among them."""
+    return sorted({round(place) for place in np.linspace(0, total - 1, min(total, COLUMNS))})
+
+
+def contact_sheet(
+    context: Mapping[int, Tensor], truth: Mapping[int, Tensor], prediction: Mapping[int, Tensor], first: int
+) -> Figure:
+    """Rows of frames (k, h, w) in [0, 1] by number: of the context, true and generated ones after it.
+
+    Args:
+        first: of the frames after the context, counted from 1.
+    """
+    rows = {"context": (context, 1), "truth": (truth, first), "prediction": (prediction, first)}
+    _, height, width = next(iter(context.values())).shape
+    figure = Figure(figsize=(1.2 * COLUMNS + 0.4, 3 * (1.2 * height / width + 0.3)), layout="constrained")
+    grid = figure.subplots(len(rows), COLUMNS, squeeze=False)
+    for line, (title, (frames, begin)) in zip(grid, rows.items(), strict=True):
+        for axes, number in zip(line, prediction if title == "truth" else frames, strict=False):
+            if number in frames:
+                axes.imshow(frames[number].movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set_title(str(begin + number), fontsize=8)
+        for axes in line:
+            axes.set(xticks=[], yticks=[])
+            axes.set_frame_on(False)
+        line[0].set_ylabel(title)
+    return figure

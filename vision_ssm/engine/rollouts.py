@@ -1,0 +1,165 @@
+"""How generated frames drift from those that came, frame by frame: numbers, a table and curves."""
+# Shapes: n clips, f generated frames.
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from rich.console import Console
+from rich.progress import Progress
+
+from vision_ssm.engine.checkpoint import write_atomically, write_json
+from vision_ssm.engine.config import config_name
+from vision_ssm.engine.evaluate import load_task, require_output
+from vision_ssm.engine.figures import save_figure
+from vision_ssm.engine.perceptual import LPIPS_SIDE, ClipFeatures, NotMeasured, frechet_distance, lpips
+from vision_ssm.engine.runner import build_loader, device
+from vision_ssm.engine.video import QUALITIES, FramePrediction, Quality, unit
+
+__all__ = ["LABELS", "Drift", "frame_curves", "measure_rollouts"]
+
+LABELS = {"mse": "MSE", "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "fvd": "FVD"}
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Qualities of generated frames.
+
+    Attributes:
+        frames: quality -> (n, f).
+        clips: distance of all clips at once.
+        missing: what was not measured -> why.
+    """
+
+    frames: Mapping[str, np.ndarray]
+    clips: Mapping[str, float]
+    missing: Mapping[str, str]
+
+    def curves(self) -> dict[str, np.ndarray]:
+        """Means over clips, (f,)."""
+        return {name: values.mean(axis=0) for name, values in self.frames.items()}
+
+    def means(self) -> dict[str, float]:
+        return {name: float(values.mean()) for name, values in self.frames.items()} | dict(self.clips)
+
+    def write(self, path: Path, about: Mapping[str, Any]) -> None:
+        """Writes JSON, and beside it the curves as a table (.csv) and as a figure (.png)."""
+        curves = self.curves()
+
+        def write_table(partial: Path) -> None:
+            with partial.open("w", newline="", encoding="utf-8") as file:
+                table = csv.writer(file)
+                table.writerow(["frame", *curves])
+                table.writerows(enumerate_rows(curves))
+
+        write_atomically(path.with_suffix(".csv"), write_table)
+        save_figure(path.with_suffix(".png"), frame_curves({"": curves}))
+        size = dict(zip(("clips", "frames"), next(iter(self.frames.values())).shape, strict=True))
+        listed = {name: curve.tolist() for name, curve in curves.items()}
+        write_json(path, {**about, **size, "means": self.means(), "per_frame": listed, "not_measured": self.missing})
+
+
+def enumerate_rows(curves: Mapping[str, np.ndarray]) -> list[list[float]]:
+    columns = np.stack(list(curves.values()), axis=1).tolist()
+    return [[frame, *row] for frame, row in enumerate(columns, start=1)]
+
+
+def measure_rollouts(
+    config: Config, checkpoint: Path, *, console: Console, out: Path | None = None, features: Path | None = None
+) -> None:
+    """Prints how well a checkpoint goes on with the clips of its config's test set, and writes it if ``out`` is given.
+
+    Args:
+        out: JSON file; see ``Drift.write``.
+        features: TorchScript file for FVD; see ``ClipFeatures``.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``load_task``, ``require_output``, ``ClipFeatures`` and ``measure``.
+    """
+    require_output(out)
+    extractor = None if features is None else ClipFeatures(features, device())
+    task = load_task(config, checkpoint)
+    assert isinstance(task, FramePrediction)
+    drift = measure(config, task, console=console, extractor=extractor)
+    for name, mean in drift.means().items():
+        console.print(f"{LABELS[name]:24}{mean:.4f}")
+    for name, reason in drift.missing.items():
+        console.print(f"{LABELS[name]:24}not measured: {reason}")
+    if out is not None:
+        drift.write(out, {"config": config_name(config), "checkpoint": str(checkpoint), "context": task.context})
+        console.print(f"scores: {out}, {out.with_suffix('.csv')}, {out.with_suffix('.png')}")
+
+
+@torch.no_grad()
+def measure(config: Config, task: FramePrediction, *, console: Console, extractor: ClipFeatures | None = None) -> Drift:
+    """Generates the frames of every test clip after its context, one by one, and compares each with the true one.
+
+    Raises:
+        ValueError: clips are of several lengths, or none of their frames is left to predict; generated frames are not
+            finite; or see ``ClipFeatures``.
+    """
+    loader = build_loader(config.test_dataloader)
+    dataset: Any = loader.dataset
+    length, _, *size = dataset[0]["video"].shape
+    qualities, missing = available(min(size))
+    if extractor is None:
+        missing["fvd"] = "needs a feature extractor, --features FILE"
+    found: dict[str, list[np.ndarray]] = {name: [] for name in qualities}
+    described: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("generating", total=len(loader) * (length - task.context))
+        for batch in loader:
+            video, actions = (m if m is None else m.to(device()) for m in (batch["video"], batch.get("actions")))
+            curves: dict[str, list[torch.Tensor]] = {name: [] for name in qualities}
+            whole = [video[:, : task.context]]
+            for truth, frame in zip(video[:, task.context :].unbind(1), task.rollout(video, actions), strict=True):
+                for name, quality in qualities.items():
+                    curves[name].append(quality(unit(frame), unit(truth)).cpu())
+                if extractor is not None:
+                    whole.append(frame[:, None])
+                progress.advance(bar)
+            for name, values in curves.items():
+                found[name].append(torch.stack(values, dim=1).numpy())
+            if extractor is not None:
+                pair = torch.cat(whole, dim=1), video
+                described += [(extractor(one[None]), extractor(true[None])) for one, true in zip(*pair, strict=True)]
+    clips = {}
+    if extractor is not None:
+        clips["fvd"] = frechet_distance(*(torch.cat(side) for side in zip(*described, strict=True)))
+    return Drift({name: np.concatenate(values) for name, values in found.items()}, clips, missing)
+
+
+def available(side: int) -> tuple[dict[str, Quality], dict[str, str]]:
+    """Qualities that can be measured on frames of this least side, and why others cannot."""
+    qualities = dict(QUALITIES)
+    try:
+        if side < LPIPS_SIDE:
+            raise NotMeasured(f"needs frames of {LPIPS_SIDE} x {LPIPS_SIDE} pixels or more")
+        qualities["lpips"] = lpips(device())
+    except NotMeasured as reason:
+        return qualities, {"lpips": str(reason)}
+    return qualities, {}
+
+
+def frame_curves(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """A panel for each quality: its curve over the generated frames for every model.
+
+    Args:
+        curves: model -> quality -> (f,); a lone model may have no name.
+    """
+    names = list(next(iter(curves.values())))
+    figure = Figure(figsize=(4.4 * len(names), 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for model, values in curves.items():
+            axes.plot(np.arange(1, len(values[name]) + 1), values[name], label=model)
+        axes.set(xlabel="generated frame", ylabel=LABELS[name])
+        axes.grid(alpha=0.3)
+    if any(curves):
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
