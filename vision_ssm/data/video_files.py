@@ -106,7 +106,7 @@ def read_clip(video: Video, positions: range, *, channels: int, size: tuple[int,
     else:
         raise damaged(video.path, f"its frame {positions[len(pictures)]} of {len(video)} cannot be decoded")
     pixels = torch.from_numpy(np.stack(pictures)).reshape(len(positions), *pictures[0].shape[:2], channels)
-    return pixels.permute(0, 3, 1, 2).float(memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
 def decoded(video: Video, positions: range, key: int | None) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -16,7 +17,9 @@ from vision_ssm.data.video_files import index_video, read_clip, require_pixels
 __all__ = ["VideoFolder", "video_paths"]
 
 SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
-MANY = 100  # files that it takes long to count the frames of
+MANY = 50  # files that it takes long to read
+
+T = TypeVar("T")
 
 
 class VideoFolder(Dataset[dict[str, Tensor]]):
@@ -67,7 +70,7 @@ class VideoFolder(Dataset[dict[str, Tensor]]):
         require_pixels(channels)
         paths = video_paths(root, part)
         self.labels = None if classes is None else [label_of(path, classes) for path in paths]
-        self.videos = [index_video(path) for path in tracked(paths)]
+        self.videos = [index_video(path) for path in tracked(paths, "counting frames")]
         if short := [f"{video.path} ({len(video)})" for video in self.videos if len(video) < covered]:
             raise ValueError(
                 f"a clip of {frames} frames with stride {stride} covers {covered}, and {len(short)} of {len(paths)} "
@@ -124,8 +127,8 @@ def label_of(path: Path, classes: Sequence[str]) -> int:
     return list(classes).index(path.parent.name)
 
 
-def tracked(paths: Sequence[Path]) -> Iterator[Path]:
-    """The paths; where they are many, with a bar on the terminal that shows how far they are done."""
+def tracked(items: Sequence[T], task: str) -> Iterator[T]:
+    """The items; where they are many, with a bar on the terminal that shows how far the task is done."""
     console = Console(stderr=True)
-    hidden = len(paths) < MANY or not console.is_terminal
-    yield from track(paths, "counting frames", console=console, transient=True, disable=hidden)
+    hidden = len(items) < MANY or not console.is_terminal
+    yield from track(items, task, console=console, transient=True, disable=hidden)
