@@ -306,9 +306,10 @@ def finite(tensor: Tensor) -> bool:
 
 
 def gradients_of(module: nn.Module) -> list[Tensor]:
-    """Gradients of the weights; of sharded ones, this process's part."""
+    """Gradients of the weights; of sharded ones, this process's part, which may have no element."""
     gradients = (parameter.grad for parameter in module.parameters() if parameter.grad is not None)
-    return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    own = (gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients)
+    return [gradient for gradient in own if gradient.numel()]
 
 
 def random_state() -> dict[str, Tensor]:
