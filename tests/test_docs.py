@@ -5,22 +5,32 @@ made short. What cannot run here is listed in ``ELSEWHERE``.
 """
 
 import doctest
+import importlib.util
+import math
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import nbformat
+import numpy as np
 import pytest
+import timm
+import torch
 from nbclient import NotebookClient
 
+import vision_ssm
+from vision_ssm.backbones import FAMILIES
+from vision_ssm.layers import RoutedScan
 from vision_ssm.tools import __main__ as cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 MADE = {"_build", "_generated"}
-PAGES = [page for page in sorted(DOCS.rglob("*.md")) if not MADE & set(page.relative_to(DOCS).parts)]
+DOCUMENTS = [ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [page for page in DOCUMENTS if not MADE & set(page.parts)]
 FENCE = re.compile(r"^```(?P<language>[\w-]+)\n(?P<code>.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 SHORT = ("train_cfg.max_iters=2", "train_cfg.val_interval=2", "train_dataloader.batch_size=2")
@@ -36,7 +46,7 @@ SMALL = {
 """Entries of a config that are changed besides, for the time that its network takes on a CPU."""
 
 ELSEWHERE = {
-    "make ": "CI runs the targets lint, docs and test; demo is the command quickstart",
+    "make ": "CI runs the targets lint, docs and test; dev installs; demo is the command quickstart",
     "vision-ssm quickstart": "tests/test_tools.py runs it, and the commands that it prints",
     "pip install ": "needs a package index; tests/test_packaging.py installs the wheel",
 }
@@ -91,7 +101,7 @@ SHOWN = {"text", "toml", "json"}
 def parameter(page: Path) -> object:
     """Pages with commands train, and take longer."""
     marks = [pytest.mark.slow] if any(block.language == "shell" for block in blocks(page)) else []
-    return pytest.param(page, marks=marks, id=page.relative_to(DOCS).with_suffix("").as_posix())
+    return pytest.param(page, marks=marks, id=page.relative_to(ROOT).with_suffix("").as_posix())
 
 
 @pytest.mark.parametrize("page", [parameter(page) for page in PAGES if any(b.language in RUN for b in blocks(page))])
@@ -108,10 +118,15 @@ def test_every_language_is_run_or_only_shown() -> None:
     assert {"python", "pycon", "shell"} <= languages <= {*RUN, *SHOWN}
 
 
+def test_make_has_the_targets() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    lines = [line for page in PAGES for block in blocks(page) for line in block.code.splitlines()]
+    named = {line.split()[1] for line in lines if line.startswith("make ")}
+    assert {"demo", "dev"} <= named <= targets
+
+
 def test_every_family_of_models_has_a_page() -> None:
     """A new family of models needs a page."""
-    from vision_ssm.backbones import FAMILIES
-
     assert {*FAMILIES, "convs5"} == {page.stem for page in (DOCS / "models").glob("*.md")}
 
 
@@ -125,3 +140,60 @@ def test_notebooks_run(path: Path, tmp_path: Path) -> None:
     assert changed == 1
     assert all(not cell.get("outputs") for cell in notebook.cells), "clear the outputs before a notebook is committed"
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+@pytest.fixture(scope="module")
+def generated() -> ModuleType:
+    """The extension of the site that makes figures and tables."""
+    path = DOCS / "extensions" / "generated.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("family", ["efficient_vmamba", "vim", "vim2", "vmamba"])
+def test_figures_show_the_routes_of_the_models(generated: ModuleType, family: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(f"test_{family}")
+    routes, grid = generated.FIGURES[family]
+    scans = [part for part in model.modules() if isinstance(part, RoutedScan) and len(part.routes[0].axes) == 2]
+    if family == "vim":  # scans tokens, each direction by itself
+        first = model.get_submodule("blocks.0.mixer").modules()
+        scans = [part for part in first if isinstance(part, RoutedScan)]
+        ways = [part.routes[0].index((math.prod(grid),)).tolist() for part in scans]
+        assert ways == [route.index(grid).tolist() for route in routes]
+    else:
+        assert scans and all(part.routes == routes for part in scans)
+
+
+@pytest.mark.parametrize("name", ["efficient_vmamba", "vim", "tri", "vim2_channels"])
+def test_lines_of_a_figure_follow_the_route(generated: ModuleType, name: str) -> None:
+    routes, grid = generated.FIGURES[name]
+    panels = generated.figure_of_routes(routes, grid).axes
+    for panel, route in zip(panels, routes, strict=True):
+        (lines,) = panel.collections[1:2]
+        drawn = np.array(lines._segments3d if len(grid) == 3 else lines.get_segments())
+        cells = np.stack(np.unravel_index(route.index(grid).numpy(), grid), axis=1)[:, ::-1]
+        assert np.array_equal(drawn[0, 0, : len(grid)], cells[0])
+        assert np.array_equal(drawn[:, 1, : len(grid)], cells[1:])
+
+
+def test_table_of_a_family_is_the_registry(generated: ModuleType) -> None:
+    rows = [line.split(" | ") for line in generated.table_of_models("efficient_vmamba").splitlines()[2:]]
+    assert [row[0].strip("| `") for row in rows] == vision_ssm.list_models("*efficient_vmamba*")
+    smallest = timm.create_model("test_efficient_vmamba", features_only=True)
+    maps = smallest(torch.randn(1, 3, 64, 64))
+    assert rows[-1][3] == ", ".join(str(one.shape[1]) for one in maps)
+    assert rows[-1][4].strip(" |") == ", ".join(str(64 // one.shape[2]) for one in maps)
+
+
+@pytest.mark.parametrize(("limit", "verdict"), [(1e9, "met"), (1e-9, "missed by")])
+def test_a_target_is_met_or_missed(
+    generated: ModuleType, monkeypatch: pytest.MonkeyPatch, limit: float, verdict: str
+) -> None:
+    monkeypatch.setattr(generated, "TARGETS", dict.fromkeys(generated.TARGETS, limit))
+    rows = generated.table_of_targets().splitlines()[2:-1]
+    assert len(rows) == len(generated.TARGETS)
+    assert all(row.split(" | ")[-1].startswith(verdict) for row in rows)
