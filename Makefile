@@ -9,11 +9,12 @@ STAMP := $(VENV)/.installed
 # mmengine asks for the OpenCV with windows, whose libraries (libGL) a machine without a desktop lacks.
 HEADLESS_OPENCV = $(BIN)/python -m pip install --force-reinstall --no-deps opencv-python-headless
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo dev test lint docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   train and evaluate a small segmentation network on the embedded MRI, and draw a report"
+	@echo "make dev    set up for changes: everything installed, the hook of pre-commit too"
 	@echo "make test   run the tests"
 	@echo "make lint   run ruff, and mypy on the built wheel"
 	@echo "make docs   build the documentation site into docs/_build/html"
@@ -22,6 +23,9 @@ help:
 
 demo: $(STAMP)-all
 	$(BIN)/vision-ssm quickstart
+
+dev: $(STAMP)-dev
+	$(BIN)/pre-commit install
 
 test: $(STAMP)-test
 	$(BIN)/python -m pytest --durations=10
