@@ -14,12 +14,17 @@ from vision_ssm.engine.predict import label
 from vision_ssm.engine.rollouts import measure_rollouts
 from vision_ssm.engine.tasks import Segmentation
 from vision_ssm.engine.video import FramePrediction
+from vision_ssm.engine.video_codes import Tokenization, measure_reconstructions
 
 __all__ = ["COMPARISONS", "MEASURES", "PREDICTIONS", "call"]
 
 Serving = Mapping[type[BaseModel], Callable[..., Any]]
 
-MEASURES: Serving = {FramePrediction: measure_rollouts, BaseModel: measure_checkpoint}
+MEASURES: Serving = {
+    FramePrediction: measure_rollouts,
+    Tokenization: measure_reconstructions,
+    BaseModel: measure_checkpoint,
+}
 """Measures a checkpoint of a config."""
 
 COMPARISONS: Serving = {Segmentation: measure_folder}
@@ -39,7 +44,7 @@ def call(serving: Serving, config: Config, *arguments: Any, options: Mapping[str
     Raises:
         ValueError: nothing serves this task, or what does takes no such option.
     """
-    task = resolve(config.model["type"])
+    task: Any = resolve(config.model["type"])
     function = next((function for served, function in serving.items() if issubclass(task, served)), None)
     if function is None:
         served = " and ".join(kind.__name__ for kind in serving)

@@ -173,6 +173,10 @@ class CodedVideo(nn.Module):
         self.tokenizer.eval()
         return self
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Of the model; see :class:`NextMap`. The tokenizer has nothing to keep."""
+        self.model.set_grad_checkpointing(enable)
+
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """Codes (b, t, h', w') of frames (b, t, k, h, w), in parts: activations of whole clips would not fit."""
