@@ -1,5 +1,6 @@
 """Clips as data: moving digits, files of videos and cine volumes."""
 
+import errno
 import struct
 import sys
 from itertools import pairwise
@@ -324,6 +325,42 @@ def test_colour_is_read_as_grey_and_grey_as_colour(tmp_path):
     write_video(tmp_path / "green.mkv", green, fps=10)
     luma = read_video(tmp_path / "green.mkv", channels=1)
     torch.testing.assert_close(luma, torch.full_like(luma, 2 * 0.587 - 1), atol=0.05, rtol=0)
+
+
+def test_a_title_in_another_encoding_is_no_obstacle(tmp_path):
+    with av.open(tmp_path / "clip.avi", "w") as container:
+        container.metadata["title"] = "\xe9"
+        stream = container.add_stream("mpeg4", 10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(counted()[0], format="gray")))
+        container.mux(stream.encode())
+    content = (tmp_path / "clip.avi").read_bytes()
+    assert content.count(b"\xc3\xa9") == 1
+    (tmp_path / "clip.avi").write_bytes(content.replace(b"\xc3\xa9", b"\xe9 "))
+    assert len(index_video(tmp_path / "clip.avi")) == 1
+
+
+def test_an_error_that_pyav_has_no_name_for_names_the_file(tmp_path, monkeypatch):
+    write_video(tmp_path / "clip.mkv", gradient(1), fps=10)
+
+    def fail(*given: object, **options: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(av, "open", fail)
+    with pytest.raises(ValueError, match=r"clip\.mkv is no video, .* \(Operation not supported\)"):
+        index_video(tmp_path / "clip.mkv")
+
+
+def test_an_ultrasound_is_written_and_read(tmp_path):
+    source = Path(__file__).parents[3] / "shared" / "data" / "ultrasound_clip.npz"
+    if not source.is_file():
+        pytest.skip("the ultrasound is not beside this checkout")
+    clip = torch.from_numpy(np.load(source)["video"])[:8, None].float() / 127.5 - 1
+    for suffix, error in ((".mp4", 0.01), (".gif", 0)):
+        write_video(tmp_path / f"clip{suffix}", clip, fps=30)
+        read = VideoFolder(str(tmp_path), frames=8, size=(240, 320), channels=1)[0]["video"]
+        assert (read - clip).abs().mean() <= error
+        (tmp_path / f"clip{suffix}").unlink()
 
 
 @pytest.mark.parametrize("size", [(10, 12), (5, 12), (10, 6), (40, 60), (20, 24)])

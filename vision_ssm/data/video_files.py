@@ -156,11 +156,11 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no such video: {path}")
     try:
-        with av.open(path) as container:
+        with av.open(path, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ValueError(f"{path} holds no video; give a file of frames, such as .mp4")
             yield container, container.streams.video[0]
-    except av.FFmpegError as error:
+    except (av.FFmpegError, OSError) as error:  # PyAV knows no name for some of FFmpeg's errors
         raise damaged(path, error.strerror) from error
 
 
