@@ -29,18 +29,17 @@ class CapturedStep:
         given = [frame, *state] if action is None else [frame, *state, action]
         if not all(m.is_cuda for m in given):
             raise ValueError("a CUDA graph needs all tensors on a GPU; move model and clip there, or use torch.compile")
-        if self.graph is None:
-            self._capture(given, len(state))
+        graph = self.graph or self._capture(given, len(state))
         wanted, got = ([(tuple(m.shape), m.dtype) for m in held] for held in (self.inputs, given))
         if wanted != got:
             raise ValueError(f"captured for tensors {wanted}; got {got}. Capture another step for them")
         torch._foreach_copy_(self.inputs, given)
-        self.graph.replay()
+        graph.replay()
         prediction, *after = kept = [torch.empty_like(m) for m in self.outputs]
         torch._foreach_copy_(kept, self.outputs)
         return prediction, tuple(after)
 
-    def _capture(self, given: list[Tensor], states: int) -> None:
+    def _capture(self, given: list[Tensor], states: int) -> torch.cuda.CUDAGraph:
         self.inputs = [m.clone() for m in given]
         frame, state, rest = self.inputs[0], tuple(self.inputs[1 : states + 1]), self.inputs[states + 1 :]
         action = rest[0] if rest else None
@@ -63,3 +62,4 @@ class CapturedStep:
             with torch.cuda.graph(graph):
                 prediction, after = self.step(frame, action, state)
         self.graph, self.outputs = graph, [prediction, *after]
+        return graph

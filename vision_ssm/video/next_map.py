@@ -78,8 +78,9 @@ class NextMap(nn.Module, ABC):
         over time one by one, if the stack can.
         """
         self.grad_checkpointing = enable
-        if hasattr(self.stack, "set_grad_checkpointing"):
-            self.stack.set_grad_checkpointing(enable)
+        of_the_stack = getattr(self.stack, "set_grad_checkpointing", None)
+        if callable(of_the_stack):
+            of_the_stack(enable)
 
     @abstractmethod
     def check_maps(self, maps: Tensor) -> None:
