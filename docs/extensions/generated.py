@@ -4,7 +4,7 @@ They are written to ``docs/_generated`` before the pages are read, out of the pa
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -101,12 +101,15 @@ def table_of_models(family: str) -> str:
     for name in timm.list_models(module=family):
         with torch.device("meta"):
             model = timm.create_model(name)
-            maps = timm.create_model(name, features_only=True).feature_info
-        sides = ", ".join(map(str, maps.reduction()))
-        channels = ", ".join(map(str, maps.channels()))
+        channels, sides = (distinct(level[key] for level in model.feature_info) for key in ("num_chs", "reduction"))
         size = model.pretrained_cfg["input_size"][-1]
         lines.append(f"| `{name}` | {millions(model)} | {size} | {channels} | {sides} |")
     return "\n".join(lines)
+
+
+def distinct(values: Iterable[int]) -> str:
+    """Each value once: a plain backbone has maps of one size after every block."""
+    return ", ".join(str(value) for value in dict.fromkeys(values))
 
 
 def table_of_video_models() -> str:
