@@ -141,7 +141,7 @@ def test_work_is_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_suite_lists_the_suites() -> None:
-    with pytest.raises(ValueError, match="unknown suite 'fast'; suites are cpu, ops, models, resolution, smoke"):
+    with pytest.raises(ValueError, match="unknown suite 'fast'; suites are cpu, ops, models, resolution, video, smoke"):
         benchmark.run("fast")
 
 
@@ -223,6 +223,36 @@ def test_a_document_without_blocks_is_refused(tmp_path: Path) -> None:
         filled(document)
 
 
+def test_a_copy_of_as_many_bytes_stands_beside_an_operator(device: torch.device) -> None:
+    job = OperatorJob("linear_scan", ("by_element",), beside_copy=True)
+    rows = [fields for fields in job.rows(device, 0.01) if fields["case"] == "by_element"]
+    assert [(fields["subject"], fields["direction"]) for fields in rows] == [
+        (subject, direction) for direction in (FORWARD, BOTH) for subject in ("linear_scan", "copy")
+    ]
+    for ours, copy in zip(rows[::2], rows[1::2], strict=True):
+        assert copy["accuracy"] == replace(ours["accuracy"], error=0)
+
+
+def test_a_share_of_the_copy_is_rendered(row: Row) -> None:
+    copy = replace(row, subject="copy", timing=replace(row.timing, median_ms=1.2))
+    graph = replace(row, case="stage1, CUDA graph", timing=replace(row.timing, median_ms=1.5))
+    text = render([row, graph, copy, replace(row, dtype="bfloat16")])
+    assert "| routed_scan | stage1 | float32 | forward | 2 (1.5 to 2.5) | 1.5 | 60% | 1.0e-07 |  |" in text
+    assert "| routed_scan | stage1, CUDA graph | float32 | forward | 1.5 (1.5 to 2.5) | 2 | 80% | 1.0e-07 |  |" in text
+    assert "| routed_scan | stage1 | bfloat16 | forward | 2 (1.5 to 2.5) | 1.5 |  | 1.0e-07 |  |" in text
+    assert "of copy" not in render([row])
+
+
+def test_a_suite_runs_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SUITES, "tiny", replace(TINY, seconds=100))
+    rows = list(benchmark.run("tiny", "cpu", only=["test_vmamba*"], seconds=0.01))
+    assert {row.subject for row in rows} == {"test_vmamba"}
+    with pytest.raises(ValueError, match="no job of suite 'tiny' is vmamba; jobs are: routed_scan; test_vmamba: 64 px"):
+        benchmark.run("tiny", "cpu", only=["vmamba"])
+    with pytest.raises(ValueError, match="seconds must be more than 0; got 0"):
+        benchmark.run("tiny", "cpu", seconds=0)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_committed_tables_are_rendered(document: Path) -> None:
     assert filled(document) == document.read_text(encoding="utf-8"), (
@@ -243,7 +273,7 @@ def test_the_command_measures_and_renders(tiny_suite: str, tmp_path: Path, capsy
     [
         (
             ["--suite", "fast", "--out", "rows.jsonl"],
-            "unknown suite 'fast'; suites are cpu, ops, models, resolution, smoke",
+            "unknown suite 'fast'; suites are cpu, ops, models, resolution, video, smoke",
         ),
         (["--suite", "cpu", "--out", "rows.jsonl", "--device", "cuda"], "suite 'cpu' is for cpu"),
         (["render"], "render needs files"),

@@ -1,10 +1,12 @@
 """Measure a suite and write its rows as JSON lines, or render such files as Markdown tables or draw them.
 
 Suites: cpu (VMamba-T beside Swin-T), ops (operators), models (inference and training; eager, compiled, compiled with
-CUDA graphs), resolution (the same from 224 to 2048 px; compiled at two sizes only), smoke (two minutes on a GPU).
+CUDA graphs), resolution (the same from 224 to 2048 px; compiled at two sizes only), video (training steps and
+generation), smoke (two minutes on a GPU). A long suite is run in pieces with --only; tables take several files.
 
 Examples:
   vision-ssm benchmark --suite smoke --out smoke.jsonl
+  vision-ssm benchmark --suite video --only "train * 300 frames, eager" linear_scan --seconds 0.5 --out video_1.jsonl
   vision-ssm benchmark render smoke.jsonl
   vision-ssm benchmark render --into README.md
   vision-ssm benchmark plot resolution.jsonl --out resolution.png
@@ -25,22 +27,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.command == "plot":
         plot_files(args.files, args.picture)
     elif args.suite and args.out:
-        measure(args.suite, args.out, args.device)
+        measure(args.suite, args.out, args.device, args.only, args.seconds)
     else:
         arguments.error("give --suite and --out, or one of the commands render and plot")
     return 0
 
 
-def measure(suite: str, out: Path, device: str | None) -> None:
+def measure(suite: str, out: Path, device: str | None, only: Sequence[str], seconds: float | None) -> None:
     from rich.console import Console
 
     from vision_ssm.engine import benchmark
     from vision_ssm.engine.benchmark.rows import write_rows
 
     console = Console(highlight=False, soft_wrap=True)
-    for row in write_rows(benchmark.run(suite, device), out):
+    for row in write_rows(benchmark.run(suite, device, only=only, seconds=seconds), out):
+        time = f"{row.timing.median_ms:.4g} ms" if row.timing else row.note
         accuracy = f", error {row.accuracy.error:.1e}" if row.accuracy else ""
-        console.print(f"{row.subject} {row.case} {row.dtype} {row.direction}: {row.timing.median_ms:.4g} ms{accuracy}")
+        console.print(f"{row.subject} {row.case} {row.dtype} {row.direction}: {time}{accuracy}")
     console.print(f"wrote {out}")
 
 
@@ -73,6 +76,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--suite", help="what to measure")
     p.add_argument("--out", type=Path, help="new file for the rows, one JSON object each")
+    p.add_argument(
+        "--only", nargs="+", default=(), metavar="JOB", help="jobs with one of these labels; * stands for any text"
+    )
+    p.add_argument("--seconds", type=float, help="time for each row; by default the suite's own")
     p.add_argument("--device", help="cpu or cuda; by default the suite's own, else cuda if there is one")
     commands = p.add_subparsers(dest="command")
     rendering = commands.add_parser("render", help="print or fill in Markdown tables")

@@ -121,9 +121,9 @@ def resolution(rows: Sequence[Row]) -> Figure:
         raise ValueError("nothing to plot: no row is of a model; measure the suite models or resolution")
     directions = list(dict.fromkeys(row.direction for _, row in models))
     subjects = list(dict.fromkeys(row.subject for _, row in models))
-    measures: dict[str, Callable[[Row], float | None]] = {"ms per image": lambda row: row.timing.median_ms / row.batch}
-    if all(row.timing.peak_mib is not None for _, row in models):
-        measures["peak MiB per image"] = lambda row: row.timing.peak_mib and row.timing.peak_mib / row.batch
+    measures: dict[str, Callable[[Row], float | None]] = {"ms per image": lambda row: 1e3 / row.samples_per_s}
+    if all(row.peak_mib is not None for _, row in models):
+        measures["peak MiB per image"] = lambda row: row.peak_mib and row.peak_mib / row.batch
     figure = Figure(figsize=(5 * len(directions), 3.6 * len(measures)), layout="constrained")
     panels = figure.subplots(len(measures), len(directions), squeeze=False, sharex=True)
     for line, (label, value) in zip(panels, measures.items(), strict=True):

@@ -55,7 +55,8 @@ class ConvLSTM(nn.Module):
             found.append(h.movedim(1, -1))  # as u is laid out: gathering them moves no channel
         return self.norm(u + torch.stack(found)), torch.stack([h.to(cell.dtype), cell])
 
-    def advance(self, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def advance(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         """What the gates (b, 4 c, h, w) make of the cell (b, c, h, w): the output and the next cell."""
         enter, keep, show, new = gates.chunk(4, dim=1)
         cell = torch.sigmoid(keep) * cell + torch.sigmoid(enter) * torch.tanh(new)

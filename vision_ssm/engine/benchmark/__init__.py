@@ -1,22 +1,26 @@
 """Timings of operators and models, each operator with its error against the float64 reference of the same run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
 import torch
 
 from .jobs import RUNS, ModelJob, OperatorJob
 from .rows import Row
 from .timing import describe
+from .video import COMPILED, STEPS, GenerationJob, TrainingJob
 
 __all__ = ["SUITES", "Suite", "run"]
+
+Job = OperatorJob | ModelJob | TrainingJob | GenerationJob
 
 
 @dataclass(frozen=True)
 class Suite:
     """What to measure, and for how many seconds each row; ``device`` is where, if it matters."""
 
-    jobs: tuple[OperatorJob | ModelJob, ...]
+    jobs: tuple[Job, ...]
     seconds: float
     device: str | None = None
 
@@ -25,6 +29,10 @@ _BOTH_WIDTHS = (torch.float32, torch.bfloat16)
 _TINY = ("vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny", "vit_small_patch16_224")
 _FAMILIES = ("efficient_vmamba_small", "vim_small", "hydra_vit_base", "vim2_tiny")
 _LINEAR_AND_QUADRATIC = ("vmamba_tiny", "vit_small_patch16_224")
+
+_CONVS5, _CONV_LSTM = "convs5_moving_mnist_300", "conv_lstm_moving_mnist"
+_TRANSFORMER, _RECOMPUTED = "transformer_moving_mnist", "transformer_recomputed_moving_mnist"
+_GROWTH = (10, 100, 300, 600, 1000)
 
 SUITES: dict[str, Suite] = {
     "cpu": Suite(
@@ -64,6 +72,26 @@ SUITES: dict[str, Suite] = {
         ),
         seconds=0.5,
     ),
+    "video": Suite(
+        (
+            OperatorJob("linear_scan", ("convs5_300",), _BOTH_WIDTHS, beside_copy=True),
+            *(
+                TrainingJob(model, run, batch=8, frames=frames, checkpointing=checkpointing)
+                for frames, checkpointing in ((300, "maps"), (600, "all"))
+                for run in STEPS
+                for model in (_CONVS5, _CONV_LSTM, _TRANSFORMER)
+            ),
+            *(TrainingJob("convs5_moving_mnist_600", run, batch=8, frames=600, checkpointing="all") for run in STEPS),
+            *(GenerationJob(model, run) for model in (_CONVS5, _CONV_LSTM) for run in STEPS),
+            # As long as its state grows, no graph serves for the next frame.
+            *(
+                GenerationJob(model, run, contexts=_GROWTH, summed=True)
+                for model in (_TRANSFORMER, _RECOMPUTED)
+                for run in ("eager", COMPILED)
+            ),
+        ),
+        seconds=1,
+    ),
     "smoke": Suite(
         (
             OperatorJob("routed_scan", ("prime_grid", "atrous", "volume"), _BOTH_WIDTHS),
@@ -77,15 +105,19 @@ SUITES: dict[str, Suite] = {
 }
 
 
-def run(suite: str, device: torch.device | str | None = None) -> Iterator[Row]:
+def run(
+    suite: str, device: torch.device | str | None = None, *, only: Sequence[str] = (), seconds: float | None = None
+) -> Iterator[Row]:
     """Rows of a suite, each as soon as it is measured; bad arguments raise at once.
 
     Args:
         suite: a name in ``SUITES``.
         device: where to measure; by default the suite's own device, else CUDA if there is one, else the CPU.
+        only: patterns of labels, as of file names; other jobs are left out, so that a suite runs in pieces.
+        seconds: for each row; by default the suite's own. What takes longer is run a few times all the same.
 
     Raises:
-        ValueError: unknown suite, or a device other than the one the suite is for.
+        ValueError: unknown suite, a device other than the one the suite is for, no job with such a label, or no time.
     """
     if suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}; suites are {', '.join(SUITES)}")
@@ -93,11 +125,17 @@ def run(suite: str, device: torch.device | str | None = None) -> Iterator[Row]:
     place = torch.device(device or plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if plan.device not in (None, place.type):
         raise ValueError(f"suite {suite!r} is for {plan.device}; got device {str(place)!r}")
-    return _rows(suite, place)
+    if seconds is not None and seconds <= 0:
+        raise ValueError(f"seconds must be more than 0; got {seconds}")
+    jobs = [job for job in plan.jobs if not only or any(fnmatch(job.label, pattern) for pattern in only)]
+    if not jobs:
+        labels = dict.fromkeys(job.label for job in plan.jobs)
+        raise ValueError(f"no job of suite {suite!r} is {' or '.join(only)}; jobs are: {'; '.join(labels)}")
+    return _rows(suite, jobs, place, seconds or plan.seconds)
 
 
-def _rows(suite: str, device: torch.device) -> Iterator[Row]:
+def _rows(suite: str, jobs: Sequence[Job], device: torch.device, seconds: float) -> Iterator[Row]:
     environment = describe(device)
-    for job in SUITES[suite].jobs:
-        for fields in job.rows(device, SUITES[suite].seconds):
+    for job in jobs:
+        for fields in job.rows(device, seconds):
             yield Row(suite=suite, environment=environment, **fields)

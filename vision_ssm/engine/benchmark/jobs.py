@@ -29,10 +29,21 @@ from vision_ssm.kernels.selective_scan.reference import selective_scan_ref
 from vision_ssm.kernels.ssd_scan import cases as ssd_cases
 from vision_ssm.kernels.ssd_scan.reference import ssd_scan_ref
 
-from .rows import Accuracy
+from .rows import COPY, Accuracy
 from .timing import measure
 
-__all__ = ["BOTH", "FORWARD", "OPERATORS", "RUNS", "ModelJob", "Operator", "OperatorJob", "create"]
+__all__ = [
+    "BOTH",
+    "FORWARD",
+    "OPERATORS",
+    "RUNS",
+    "ModelJob",
+    "Operator",
+    "OperatorJob",
+    "captured",
+    "create",
+    "torch_name",
+]
 
 FORWARD, BOTH = "forward", "forward+backward"
 
@@ -107,11 +118,19 @@ class OperatorJob:
     """Cases of one operator whose names match one of the patterns, forward and forward with backward.
 
     On CUDA each is timed as it is called, the host's part included, and once more as a CUDA graph, without it.
+
+    Args:
+        beside_copy: also time, in turns with each case, a copy that reads and writes as many bytes as the case compels.
     """
 
     operator: str
     cases: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    beside_copy: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.operator
 
     def rows(self, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
         """Fields of each row, all but the suite and the environment."""
@@ -123,17 +142,19 @@ class OperatorJob:
             accuracy = operator.accuracy(case, inputs, torch.randn_like(operator.call(case, inputs)), direction)
             work = {name: operator.work(case, inputs, direction)}
             if device.type == "cuda":
-                work[f"{name}, CUDA graph"] = _captured(work[name])
+                work[f"{name}, CUDA graph"] = captured(work[name])
+            if self.beside_copy:
+                work[COPY] = _copy(accuracy.compulsory_bytes, device)
             for label, timing in measure(work, device, seconds).items():
                 yield {
-                    "subject": self.operator,
-                    "case": label,
+                    "subject": COPY if label == COPY else self.operator,
+                    "case": name if label == COPY else label,
                     "batch": case.batch,
                     "direction": direction,
-                    "dtype": _name(dtype),
-                    "layout": _name(torch.contiguous_format),
+                    "dtype": torch_name(dtype),
+                    "layout": torch_name(torch.contiguous_format),
                     "timing": timing if label == name else replace(timing, peak_mib=None),
-                    "accuracy": accuracy,
+                    "accuracy": replace(accuracy, error=0.0) if label == COPY else accuracy,
                 }
 
 
@@ -157,6 +178,10 @@ class ModelJob:
     layout: torch.memory_format = torch.contiguous_format
     run: str = "eager"
 
+    @property
+    def label(self) -> str:
+        return f"{', '.join(self.models)}: {self.size} px, {self.run}"
+
     def rows(self, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
         """Fields of each row, all but the suite and the environment."""
         mode = RUNS[self.run]
@@ -176,14 +201,20 @@ class ModelJob:
                     "case": f"{self.size} px" + f", {self.run}" * bool(mode),
                     "batch": self.batch,
                     "direction": direction,
-                    "dtype": _name(self.autocast or torch.float32),
-                    "layout": _name(self.layout),
+                    "dtype": torch_name(self.autocast or torch.float32),
+                    "layout": torch_name(self.layout),
                     "timing": timing,
                     "accuracy": None,
                 }
 
 
-def _captured(run: Callable[[], object]) -> Callable[[], object]:
+def _copy(traffic: int, device: torch.device) -> Callable[[], object]:
+    """A copy that reads half the bytes of ``traffic`` and writes the other half."""
+    source = torch.randint(256, (traffic // 2,), dtype=torch.uint8, device=device)
+    return partial(torch.empty_like(source).copy_, source)
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
     """The work of ``run`` as a CUDA graph, whose memory is its own and is not counted."""
     stream = _side_stream()
     with torch.cuda.stream(stream):
@@ -230,7 +261,7 @@ def _deviation(ours: Tensor, exact: Tensor) -> float:
     return ((ours - exact).abs().max() / exact.abs().max().clamp(min=torch.finfo(exact.dtype).tiny)).item()
 
 
-def _name(value: torch.dtype | torch.memory_format) -> str:
+def torch_name(value: torch.dtype | torch.memory_format) -> str:
     return str(value).removeprefix("torch.").removesuffix("_format")
 
 

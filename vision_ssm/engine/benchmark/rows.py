@@ -2,12 +2,27 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-__all__ = ["Accuracy", "Environment", "Row", "Timing", "fill", "filled", "read_rows", "render", "write_rows"]
+__all__ = [
+    "COPY",
+    "Accuracy",
+    "Clip",
+    "Environment",
+    "Row",
+    "Timing",
+    "fill",
+    "filled",
+    "read_rows",
+    "render",
+    "write_rows",
+]
+
+COPY = "copy"
+"""Subject of rows that copy as many bytes as an operator's case compels to be moved."""
 
 _BLOCK = re.compile(r"(?P<head><!-- benchmark (?P<files>[^>]+?) -->\n).*?(?P<tail><!-- /benchmark -->)", re.DOTALL)
 
@@ -57,16 +72,34 @@ class Accuracy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Clip:
+    """What a row of a model of video has and no other row.
+
+    Args:
+        frames: of each clip that go through the model in one run.
+        state_bytes: of the state after the frames that the case names; None in training.
+    """
+
+    frames: int
+    state_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One measurement.
 
     Args:
         subject: operator or model.
-        case: name of the operator's shapes, or the side of the model's image, "224 px" or "224 px, compiled".
+        case: name of the operator's shapes, the side of the model's image, "224 px" or "224 px, compiled", or the
+            frames of the model's clip, "300 frames, compiled".
         batch: samples of one run.
         direction: "forward" or "forward+backward".
         dtype: of the tensors, or of the autocast.
         layout: order of the axes in memory.
+        timing: None where there was no memory for the run, as ``note`` says.
+        accuracy: of operators.
+        clip: of models of video.
+        note: what the other fields cannot tell, such as a time that is a sum.
     """
 
     suite: str
@@ -76,24 +109,36 @@ class Row:
     direction: str
     dtype: str
     layout: str
-    timing: Timing
+    timing: Timing | None
     accuracy: Accuracy | None
     environment: Environment
+    clip: Clip | None = None
+    note: str = ""
 
     @property
     def gb_per_s(self) -> float:
         """Compulsory bytes of an operator over its median time."""
-        assert self.accuracy is not None
+        assert self.accuracy is not None and self.timing is not None
         return self.accuracy.compulsory_bytes / self.timing.median_ms / 1e6
 
     @property
     def samples_per_s(self) -> float:
+        assert self.timing is not None
         return 1e3 * self.batch / self.timing.median_ms
 
     @property
+    def peak_mib(self) -> float | None:
+        return self.timing and self.timing.peak_mib
+
+    @property
+    def frames_per_s(self) -> float:
+        assert self.clip is not None
+        return self.clip.frames * self.samples_per_s
+
+    @property
     def side(self) -> int | None:
-        """Side of a model's image in pixels; None for an operator."""
-        return None if self.accuracy else int(self.case.split(" px")[0])
+        """Side of a timed model's image in pixels; None for an operator and a model of video."""
+        return None if self.accuracy or self.clip or self.timing is None else int(self.case.split(" px")[0])
 
     @property
     def run(self) -> str:
@@ -103,9 +148,11 @@ class Row:
     @classmethod
     def from_json(cls, line: str) -> "Row":
         fields = json.loads(line)
-        accuracy = fields["accuracy"] and Accuracy(**fields["accuracy"])
-        nested = {"timing": Timing(**fields["timing"]), "environment": Environment(**fields["environment"])}
-        return cls(**{**fields, **nested, "accuracy": accuracy})
+        kinds = {"timing": Timing, "accuracy": Accuracy, "clip": Clip, "environment": Environment}
+        nested = {
+            name: kind(**fields[name]) for name, kind in kinds.items() if name in fields and fields[name] is not None
+        }
+        return cls(**{**fields, **nested})
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> Iterator[Row]:
@@ -126,6 +173,9 @@ def write_rows(rows: Iterable[Row], path: Path) -> Iterator[Row]:
     part.replace(path)
 
 
+_Lines = Callable[[Sequence[Row]], Iterator[str]]
+
+
 def read_rows(path: Path) -> list[Row]:
     """Rows of a file of JSON lines; raises ValueError naming the line that is no row."""
     rows = []
@@ -140,13 +190,13 @@ def read_rows(path: Path) -> list[Row]:
 def render(rows: Sequence[Row]) -> str:
     """Markdown: one table for each environment and kind of row, in the order of measurement."""
 
-    def kind(row: Row) -> tuple[Environment, bool]:
-        return row.environment, row.accuracy is None
+    def kind(row: Row) -> tuple[Environment, _Lines]:
+        return row.environment, _clip_lines if row.clip else _operator_lines if row.accuracy else _model_lines
 
     tables = []
-    for (environment, is_model), group in groupby(rows, key=kind):
+    for (environment, lines), group in groupby(rows, key=kind):
         members = list(group)
-        body = _model_lines(members) if is_model else _operator_lines(members)
+        body = lines(members)
         tables.append("\n".join([_caption(environment, members), "", *body]))
     return "\n\n".join(tables) + "\n"
 
@@ -176,7 +226,7 @@ def fill(document: Path) -> None:
 
 
 def _caption(environment: Environment, rows: Iterable[Row]) -> str:
-    clocks = sorted({row.timing.clock_mhz for row in rows if row.timing.clock_mhz})
+    clocks = sorted({row.timing.clock_mhz for row in rows if row.timing and row.timing.clock_mhz})
     versions = {name: getattr(environment, name) for name in ("torch", "timm", "triton", "numba")}
     parts = [
         environment.device,
@@ -188,30 +238,56 @@ def _caption(environment: Environment, rows: Iterable[Row]) -> str:
     return ", ".join(parts) + "."
 
 
-def _operator_lines(rows: Iterable[Row]) -> Iterator[str]:
-    yield "| operator | case | dtype | direction | median ms (p20 to p80) | GB/s | error | peak MiB |"
-    yield "|---|---|---|---|---:|---:|---:|---:|"
+def _operator_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """Those that were measured beside a copy have its share of the bandwidth in a column of their own."""
+    copies = {_copied(row): row.gb_per_s for row in rows if row.subject == COPY and row.timing}
+    column, rule = (" of copy |", "---:|") if copies else ("", "")
+    yield f"| operator | case | dtype | direction | median ms (p20 to p80) | GB/s |{column} error | peak MiB |"
+    yield f"|---|---|---|---|---:|---:|{rule}---:|---:|"
     for row in rows:
         assert row.accuracy is not None
+        share = f"{row.gb_per_s / copies[_copied(row)]:.0%}" if _copied(row) in copies else ""
         yield (
-            f"| {row.subject} | {row.case} | {row.dtype} | {row.direction} | {_times(row.timing)} "
-            f"| {row.gb_per_s:.3g} | {row.accuracy.error:.1e} | {_memory(row.timing)} |"
+            f"| {row.subject} | {row.case} | {row.dtype} | {row.direction} | {_times(row)} "
+            f"| {_rate(row, 'gb_per_s')} |{f' {share} |' * bool(copies)} {row.accuracy.error:.1e} | {_memory(row)} |"
         )
 
 
-def _model_lines(rows: Iterable[Row]) -> Iterator[str]:
+def _copied(row: Row) -> tuple[str, str, str]:
+    """What a row of an operator and that of its copy have in common; as a CUDA graph it moves the same bytes."""
+    return row.case.partition(", ")[0], row.dtype, row.direction
+
+
+def _model_lines(rows: Sequence[Row]) -> Iterator[str]:
     yield "| model | batch x side | dtype | direction | median ms (p20 to p80) | images/s | peak MiB |"
     yield "|---|---|---|---|---:|---:|---:|"
     for row in rows:
         yield (
-            f"| {row.subject} | {row.batch} x {row.case} | {row.dtype} | {row.direction} | {_times(row.timing)} "
-            f"| {row.samples_per_s:.3g} | {_memory(row.timing)} |"
+            f"| {row.subject} | {row.batch} x {row.case} | {row.dtype} | {row.direction} | {_times(row)} "
+            f"| {_rate(row, 'samples_per_s')} | {_memory(row)} |"
         )
 
 
-def _times(timing: Timing) -> str:
-    return f"{timing.median_ms:.4g} ({timing.p20_ms:.4g} to {timing.p80_ms:.4g})"
+def _clip_lines(rows: Sequence[Row]) -> Iterator[str]:
+    yield "| model | clips x case | dtype | direction | median ms (p20 to p80) | frames/s | state KiB | peak MiB | |"
+    yield "|---|---|---|---|---:|---:|---:|---:|---|"
+    for row in rows:
+        assert row.clip is not None
+        state = "" if row.clip.state_bytes is None else f"{row.clip.state_bytes / 2**10:.0f}"
+        yield (
+            f"| {row.subject} | {row.batch} x {row.case} | {row.dtype} | {row.direction} | {_times(row)} "
+            f"| {_rate(row, 'frames_per_s')} | {state} | {_memory(row)} | {row.note} |"
+        )
 
 
-def _memory(timing: Timing) -> str:
-    return "" if timing.peak_mib is None else f"{timing.peak_mib:.0f}"
+def _rate(row: Row, name: str) -> str:
+    return f"{getattr(row, name):.3g}" if row.timing else ""
+
+
+def _times(row: Row) -> str:
+    timing = row.timing
+    return f"{timing.median_ms:.4g} ({timing.p20_ms:.4g} to {timing.p80_ms:.4g})" if timing else ""
+
+
+def _memory(row: Row) -> str:
+    return "" if row.peak_mib is None else f"{row.peak_mib:.0f}"

@@ -52,9 +52,18 @@ def _cpu_times(run: Callable[[], object], seconds: float) -> list[float]:
 
 
 def _cuda_times(run: Callable[[], object], seconds: float) -> list[float]:
-    """Times by CUDA events, the cache emptied before each run."""
+    """Times by CUDA events, the cache emptied before each run; of a run longer than that, one and no more."""
     from triton.testing import do_bench
 
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    once = begin.elapsed_time(end)
+    if once > 1e3 * seconds:
+        return [once]
     return list(do_bench(run, rep=1e3 * seconds, return_mode="all"))
 
 
