@@ -1,5 +1,6 @@
 """Tokenizers and models of codes: whole clips against steps, states that go on, sampling, bad input."""
 
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -78,6 +79,16 @@ def test_generation_feeds_codes_back():
     codes, _ = model.generate(context, 4, actions=actions, choose=Sampler(temperature=0))
     clip = torch.cat([context, codes], dim=1)
     assert_close(model(clip[:, :-1], actions[:, 1:])[0][:, 2:].argmax(dim=2), codes)
+
+
+def test_a_step_compiles_whole():
+    model = small(actions=3)
+    context, actions = torch.randint(0, CODES, (1, 2, 4, 4)), torch.tensor([[0, 2, -1, 1, 2]])
+    most = Sampler(temperature=0)
+    compiled = Rollout(model, choose=most, accelerate=partial(torch.compile, backend="aot_eager", fullgraph=True))
+    assert_close(
+        compiled.generate(context, 3, actions=actions), model.generate(context, 3, actions=actions, choose=most)
+    )
 
 
 def test_sampling_goes_on_from_a_state():
@@ -237,6 +248,27 @@ def test_the_codebook_is_a_moving_average():
     book.learn(z, book.nearest(z))
     assert_close(book.usage, torch.tensor([0.625, 0.375]))
     assert_close(book.vectors, torch.tensor([[0.375 / 0.625], [(2.5 + 1.0) / 0.375]]))
+
+
+def test_processes_share_one_codebook(monkeypatch):
+    """Two of them learn what one would of all vectors."""
+    here, there = torch.randn(2, 60, 2)
+    alone, shared = Codebook(3, 2), Codebook(3, 2)
+    for book in (alone, shared):
+        book.usage.fill_(1 / 3)
+        book.sums.copy_(alone.vectors / 3)
+    shared.vectors.copy_(alone.vectors)
+    kind = nn.functional.one_hot(alone.nearest(there), 3).float()
+    theirs = [kind.mean(dim=0), kind.T @ there / len(there)]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda m: m.add_(theirs.pop(0)))
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda m, src: None)
+    shared.learn(here, shared.nearest(here))
+    monkeypatch.undo()
+    together = torch.cat([here, there])
+    alone.learn(together, alone.nearest(together))
+    assert_close((shared.usage, shared.vectors), (alone.usage, alone.vectors))
 
 
 def test_gradients_go_straight_through_the_codebook():
