@@ -163,7 +163,7 @@ def test_frames_go_in_and_out_through_the_tokenizer():
     assert_close(logits, video.model(Levels().encode(context))[0])
 
 
-def test_frames_go_on_from_a_state_to_the_last_bit():
+def test_frames_go_on_from_a_saved_state_to_the_last_bit(tmp_path):
     """Although what was decoded need not have the codes that it was decoded from."""
     video = CodedVideo(autoencoder(), small(actions=2)).eval()
     context, actions = torch.rand(1, 2, 1, 8, 8) * 2 - 1, torch.randint(0, 2, (1, 9))
@@ -174,6 +174,8 @@ def test_frames_go_on_from_a_state_to_the_last_bit():
     whole, last = video.generate(context, 7, actions=actions, rollout=sampled())
     rollout = sampled()
     first, state = video.generate(context, 3, actions=actions[:, :5], rollout=rollout)
+    torch.save(state, tmp_path / "state.pth")
+    state = torch.load(tmp_path / "state.pth", weights_only=True)
     second, state = video.generate(None, 4, actions=actions[:, 5:], state=state, rollout=rollout)
     assert torch.equal(torch.cat([first, second], dim=1), whole)
     assert all(torch.equal(*pair) for pair in zip(state, last, strict=True))
