@@ -32,6 +32,7 @@ PUBLISHED = {
     "video/moving_digits_conv_lstm_300": "conv_lstm_moving_mnist",
     "video/moving_digits_transformer_300": "transformer_moving_mnist",
 }
+LOADERS = ("train_dataloader.dataset.dataset", "val_dataloader.dataset", "test_dataloader.dataset")
 CPU = torch.device("cpu")
 
 
@@ -93,6 +94,33 @@ def test_the_published_recipe():
 def test_a_run_that_ends_before_its_schedule_begins_is_refused(tmp_path, capsys):
     command = ["train", TINY, "--work-dir", tmp_path / "run", "--set", "train_cfg.max_iters=1"]
     assert "param_scheduler.1 begins at step 1, the run has 1" in refused(capsys, *command)
+
+
+def test_a_folder_of_videos_trains(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / "videos" / part).mkdir(parents=True)
+        write_video(tmp_path / "videos" / part / "noise.mkv", torch.rand(6, 3, 18, 24) * 2 - 1, 5)
+    tiny = {
+        "data_root": tmp_path / "videos",
+        "model.context": 2,
+        "model.net.dim": 32,
+        "model.net.encoder": (32, 32),
+        "model.net.decoder": (32, 32),
+        "model.net.stack.dim": 32,
+        "model.net.stack.layers": 1,
+        "train_dataloader.batch_size": 1,
+        "train_dataloader.num_workers": 0,
+        "train_dataloader.dataset.dataset.frames": 3,
+        **{f"{loader}.size": (16, 16) for loader in LOADERS},
+        **{f"{loader}.frames": 4 for loader in LOADERS[1:]},
+        "param_scheduler.0.end": 1,
+        "param_scheduler.1.begin": 1,
+        "train_cfg.max_iters": 2,
+        "optim_wrapper.type": "mmengine.optim.OptimWrapper",
+    }
+    changes = [f"{key}={value}" for key, value in tiny.items()]
+    assert cli.main(["train", "video/folder_convs5", "--work-dir", str(tmp_path / "run"), "--set", *changes]) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 2
 
 
 def test_the_loss_is_of_every_next_frame_by_those_before():

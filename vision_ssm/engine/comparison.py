@@ -1,12 +1,14 @@
 """The table and the figure of an experiment, rendered from its runs."""
 # Shapes: n seeds, k structures.
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
+from vision_ssm.engine import rollout_comparison as rollouts
 from vision_ssm.engine.experiment import UNCLOCKED, Run
 
 __all__ = ["compare", "render"]
@@ -16,13 +18,40 @@ RESAMPLES = 10_000
 METHOD = (
     "Dice and HD95 are means over seeds and structures; intervals are 95 % bootstrap intervals that draw both anew, "
     "those of differences in pairs of one seed and structure. They say how much seeds and structures vary, and nothing "
-    f"of other patients. The clock starts after {UNCLOCKED} steps; s/step leaves out waiting for data."
+    "of other patients."
 )
+CLOCK = f"The clock starts after {UNCLOCKED} steps; s/step leaves out waiting for data."
+
+Networks = Mapping[str, Sequence[Run]]
+
+
+class View(NamedTuple):
+    """How networks of one kind are compared.
+
+    Attributes:
+        method: what the numbers are.
+        headings: of the columns of scores, from all runs.
+        cells: under them, from a network's runs and its twin's, if there is one.
+        draw: the panels of a figure, as high and wide as ``inches`` says of the number of networks.
+    """
+
+    method: str
+    headings: Callable[[Sequence[Run]], list[str]]
+    cells: Callable[[Sequence[Run], Sequence[Run] | None], list[str]]
+    draw: Callable[[FigureBase, Networks], None]
+    inches: Callable[[int], tuple[float, float]]
 
 
 def render(runs: Sequence[Run]) -> str:
     """Markdown: a table for each data set, budget and machine, with the limits that the config states."""
-    return "\n\n".join("\n".join(lines(list(group))) for _, group in sets(runs)) + f"\n\n{METHOD}\n"
+    groups = [list(group) for _, group in sets(runs)]
+    methods = dict.fromkeys(view(group).method for group in groups)
+    return "\n\n".join("\n".join(lines(group)) for group in groups) + f"\n\n{' '.join([*methods, CLOCK])}\n"
+
+
+def view(runs: Sequence[Run]) -> View:
+    """The one for the scores of these runs."""
+    return next(view for metric, view in VIEWS.items() if f"{metric}/mean" in runs[0].scores)
 
 
 def sets(runs: Sequence[Run]) -> Iterator[tuple[tuple[str, float, str], Iterator[Run]]]:
@@ -41,29 +70,37 @@ def lines(runs: Sequence[Run]) -> Iterator[str]:
         f"commit {commits}. {first.notes}"
     )
     yield ""
-    yield (
-        "| network | parameters (M) | Dice (95 % interval) | minus its twin's | HD95 mm | steps | s/step | peak GiB "
-        "| seeds |"
-    )
-    yield "|---|---:|---|---|---:|---:|---:|---:|---:|"
-    for name, mine in networks(runs).items():
-        dice, twin = table(mine, "dice"), networks(runs).get(name + TWIN)
-        distances = table(mine, "hd95")
-        lost = int(np.isnan(distances).sum())
+    shown = view(runs)
+    headings = shown.headings(runs)
+    yield f"| network | parameters (M) | {' | '.join(headings)} | steps | s/step | peak GiB | seeds |"
+    yield f"|---|---:|{'---|' * len(headings)}---:|---:|---:|---:|"
+    named = networks(runs)
+    for name, mine in named.items():
         peaks = [run.peak_gib for run in mine if run.peak_gib is not None]
         cells = (
             f"`{name}`",
             f"{mine[0].parameters / 1e6:.2f}",
-            f"{dice.mean():.4f} ({bounds(dice)})",
-            "" if twin is None else difference(mine, twin),
-            ("" if lost == distances.size else f"{np.nanmean(distances):.2f}")
-            + (f", {lost} not found" if lost else ""),
+            *shown.cells(mine, named.get(name + TWIN)),
             f"{np.mean([run.steps for run in mine]):.0f}",
             f"{np.mean([run.s_per_step for run in mine]):.4f}",
             f"{max(peaks):.2f}" if peaks else "",
             str(len(mine)),
         )
         yield f"| {' | '.join(cells)} |"
+
+
+def overlap_headings(runs: Sequence[Run]) -> list[str]:
+    return ["Dice (95 % interval)", "minus its twin's", "HD95 mm"]
+
+
+def overlap_cells(runs: Sequence[Run], twins: Sequence[Run] | None) -> list[str]:
+    dice, distances = (table(runs, metric) for metric in ("dice", "hd95"))
+    lost = int(np.isnan(distances).sum())
+    return [
+        f"{dice.mean():.4f} ({bounds(dice)})",
+        "" if twins is None else difference(runs, twins),
+        ("" if lost == distances.size else f"{np.nanmean(distances):.2f}") + (f", {lost} not found" if lost else ""),
+    ]
 
 
 def networks(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -111,20 +148,33 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def compare(runs: Sequence[Run]) -> Figure:
-    """Dice of every network: a dot for each seed, a line for the interval; a panel for each data set."""
+    """The panels of every data set, budget and machine, side by side."""
     groups = [list(group) for _, group in sets(runs)]
-    count = max(len(networks(group)) for group in groups)
-    figure = Figure(figsize=(5.5 * len(groups), 0.4 * count + 1.2), layout="constrained")
-    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        named = networks(group)
-        for row, mine in enumerate(named.values()):
-            dice = table(mine, "dice")
-            colour = "0.5" if mine[0].network.endswith(TWIN) else "C0"
-            axes.plot(interval(dice), (row, row), color=colour, linewidth=1.5)
-            axes.plot(dice.mean(axis=1), [row] * len(dice), "o", color=colour, markersize=4)
-        axes.set_yticks(range(len(named)), list(named))
-        axes.invert_yaxis()
-        axes.set_xlabel("Dice on the test set")
-        axes.set_title(f"{group[0].config}, {group[0].seconds:g} s", fontsize=10)
-        axes.grid(axis="x", alpha=0.3)
+    sizes = [view(group).inches(len(networks(group))) for group in groups]
+    figure = Figure(figsize=(sum(wide for wide, _ in sizes), max(high for _, high in sizes)), layout="constrained")
+    parts = figure.subfigures(1, len(groups), squeeze=False, width_ratios=[wide for wide, _ in sizes])[0]
+    for part, group in zip(parts, groups, strict=True):
+        part.suptitle(f"{group[0].config}, {group[0].seconds:g} s", fontsize=10)
+        view(group).draw(part, networks(group))
     return figure
+
+
+def draw_overlap(part: FigureBase, named: Networks) -> None:
+    """Dice of every network: a dot for each seed, a line for the interval."""
+    axes = part.subplots()
+    for row, mine in enumerate(named.values()):
+        dice = table(mine, "dice")
+        colour = "0.5" if mine[0].network.endswith(TWIN) else "C0"
+        axes.plot(interval(dice), (row, row), color=colour, linewidth=1.5)
+        axes.plot(dice.mean(axis=1), [row] * len(dice), "o", color=colour, markersize=4)
+    axes.set_yticks(range(len(named)), list(named))
+    axes.invert_yaxis()
+    axes.set_xlabel("Dice on the test set")
+    axes.grid(axis="x", alpha=0.3)
+
+
+VIEWS = {
+    "dice": View(METHOD, overlap_headings, overlap_cells, draw_overlap, lambda count: (5.5, 0.4 * count + 1.2)),
+    "mse": View(rollouts.METHOD, rollouts.headings, rollouts.cells, rollouts.draw, lambda count: (9.0, 3.8)),
+}
+"""By a metric that only scores of one kind have."""

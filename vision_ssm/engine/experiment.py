@@ -63,7 +63,7 @@ class Run(Job):
         s_per_step: mean time of a step, from a batch in memory to new weights; waiting for data is not counted.
         peak_gib: highest memory that training took on the device; None on a CPU.
         loss: mean training loss of the last tenth of the steps.
-        scores: metric of every structure, and their mean; None where a surface distance is infinite.
+        scores: metric of every structure or generated frame, and their mean; None where one is not finite.
         notes: what the config says of its data.
         environment: where it was measured.
     """
@@ -212,8 +212,9 @@ def perform(
             report(f"{job.network}, seed {job.seed}: failed: {error}")
         else:
             append(out, run)
-            dice = run.scores["dice/mean"]
-            report(f"{job.network}, seed {job.seed}: Dice {dice:.4f} after {run.steps} steps of {run.s_per_step:.4f} s")
+            value = run.scores[config.score]
+            score = f"{config.score} {'not finite' if value is None else format(value, '.4f')}"
+            report(f"{job.network}, seed {job.seed}: {score} after {run.steps} steps of {run.s_per_step:.4f} s")
         longest = max(longest, time.perf_counter() - begun)
     return failed, []
 
@@ -258,11 +259,12 @@ def train_and_test(config: Config, job: Job) -> Run:
 
 
 def network_of(config: Config, name: str) -> dict[str, Any]:
-    """What builds an entrant, as JSON and logs hold it: the type by its name."""
-    net = {**config.entrants[name], "out_channels": len(config.classes) + 1}
-    if not isinstance(net["type"], str):
-        net["type"] = f"{net['type'].__module__}.{net['type'].__qualname__}"
-    described: dict[str, Any] = json.loads(json.dumps(net))
+    """What builds an entrant, as JSON and logs hold it: types by their names, an output for every class there is."""
+    outputs = {"out_channels": len(config.classes) + 1} if "classes" in config else {}
+    net = json.dumps(
+        {**config.entrants[name], **outputs}, default=lambda kind: f"{kind.__module__}.{kind.__qualname__}"
+    )
+    described: dict[str, Any] = json.loads(net)
     return described
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from mmengine.config import Config
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from vision_ssm.engine.checkpoint import write_atomically, write_json
 from vision_ssm.engine.config import config_name
@@ -22,7 +23,7 @@ from vision_ssm.engine.perceptual import LPIPS_SIDE, ClipFeatures, NotMeasured, 
 from vision_ssm.engine.runner import build_loader, device
 from vision_ssm.engine.video import QUALITIES, FramePrediction, Quality, unit
 
-__all__ = ["LABELS", "Drift", "frame_curves", "measure_rollouts"]
+__all__ = ["LABELS", "Drift", "draw_curves", "measure_rollouts"]
 
 LABELS = {"mse": "MSE", "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "fvd": "FVD"}
 
@@ -51,23 +52,21 @@ class Drift:
     def write(self, path: Path, about: Mapping[str, Any]) -> None:
         """Writes JSON, and beside it the curves as a table (.csv) and as a figure (.png)."""
         curves = self.curves()
+        rows = np.stack(list(curves.values()), axis=1).tolist()
 
         def write_table(partial: Path) -> None:
             with partial.open("w", newline="", encoding="utf-8") as file:
                 table = csv.writer(file)
                 table.writerow(["frame", *curves])
-                table.writerows(enumerate_rows(curves))
+                table.writerows([number, *row] for number, row in enumerate(rows, start=1))
 
         write_atomically(path.with_suffix(".csv"), write_table)
-        save_figure(path.with_suffix(".png"), frame_curves({"": curves}))
+        figure = Figure(figsize=(4.4 * len(curves), 3.4), layout="constrained")
+        draw_curves(figure, {"": {name: curve[None] for name, curve in curves.items()}})
+        save_figure(path.with_suffix(".png"), figure)
         size = dict(zip(("clips", "frames"), next(iter(self.frames.values())).shape, strict=True))
         listed = {name: curve.tolist() for name, curve in curves.items()}
         write_json(path, {**about, **size, "means": self.means(), "per_frame": listed, "not_measured": self.missing})
-
-
-def enumerate_rows(curves: Mapping[str, np.ndarray]) -> list[list[float]]:
-    columns = np.stack(list(curves.values()), axis=1).tolist()
-    return [[frame, *row] for frame, row in enumerate(columns, start=1)]
 
 
 def measure_rollouts(
@@ -101,38 +100,38 @@ def measure(config: Config, task: FramePrediction, *, console: Console, extracto
     """Generates the frames of every test clip after its context, one by one, and compares each with the true one.
 
     Raises:
-        ValueError: clips are of several lengths, or none of their frames is left to predict; generated frames are not
-            finite; or see ``ClipFeatures``.
+        ValueError: no frame of a clip is left to predict, generated frames are not finite, or see ``ClipFeatures``.
     """
     loader = build_loader(config.test_dataloader)
     dataset: Any = loader.dataset
     length, _, *size = dataset[0]["video"].shape
     qualities, missing = available(min(size))
-    if extractor is None:
-        missing["fvd"] = "needs a feature extractor, --features FILE"
-    found: dict[str, list[np.ndarray]] = {name: [] for name in qualities}
-    described: list[tuple[torch.Tensor, torch.Tensor]] = []
+    found: dict[str, list[Tensor]] = {name: [] for name in qualities}
+    features: list[tuple[Tensor, Tensor]] = []
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("generating", total=len(loader) * (length - task.context))
         for batch in loader:
-            video, actions = (m if m is None else m.to(device()) for m in (batch["video"], batch.get("actions")))
-            curves: dict[str, list[torch.Tensor]] = {name: [] for name in qualities}
-            whole = [video[:, : task.context]]
-            for truth, frame in zip(video[:, task.context :].unbind(1), task.rollout(video, actions), strict=True):
+            parts = {key: batch[key].to(device()) for key in ("video", "actions") if key in batch}
+            clips, truth = [parts["video"][:, : task.context]], parts["video"][:, task.context :]
+            curves: dict[str, list[Tensor]] = {name: [] for name in qualities}
+            for frame, true in zip(task.rollout(**parts), truth.unbind(1), strict=True):
                 for name, quality in qualities.items():
-                    curves[name].append(quality(unit(frame), unit(truth)).cpu())
+                    curves[name].append(quality(unit(frame), unit(true)))
                 if extractor is not None:
-                    whole.append(frame[:, None])
+                    clips.append(frame[:, None])
                 progress.advance(bar)
             for name, values in curves.items():
-                found[name].append(torch.stack(values, dim=1).numpy())
+                found[name].append(torch.stack(values, dim=1).cpu())
             if extractor is not None:
-                pair = torch.cat(whole, dim=1), video
-                described += [(extractor(one[None]), extractor(true[None])) for one, true in zip(*pair, strict=True)]
-    clips = {}
-    if extractor is not None:
-        clips["fvd"] = frechet_distance(*(torch.cat(side) for side in zip(*described, strict=True)))
-    return Drift({name: np.concatenate(values) for name, values in found.items()}, clips, missing)
+                pairs = zip(torch.cat(clips, dim=1).split(1), parts["video"].split(1), strict=True)
+                features += [(extractor(one), extractor(true)) for one, true in pairs]
+    drift = {name: torch.cat(values).numpy() for name, values in found.items()}
+    if lost := int((~np.isfinite(drift["mse"])).sum()):
+        raise ValueError(f"{lost} of {drift['mse'].size} generated frames are not finite; check the weights")
+    if extractor is None:
+        return Drift(drift, {}, {**missing, "fvd": "needs a feature extractor, --features FILE"})
+    sides = (torch.cat(side) for side in zip(*features, strict=True))
+    return Drift(drift, {"fvd": frechet_distance(*sides)}, missing)
 
 
 def available(side: int) -> tuple[dict[str, Quality], dict[str, str]]:
@@ -147,19 +146,22 @@ def available(side: int) -> tuple[dict[str, Quality], dict[str, str]]:
     return qualities, {}
 
 
-def frame_curves(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
-    """A panel for each quality: its curve over the generated frames for every model.
+def draw_curves(part: FigureBase, curves: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """A panel for each quality: over the generated frames, the mean of each model's rows and how far they reach.
 
     Args:
-        curves: model -> quality -> (f,); a lone model may have no name.
+        curves: model -> quality -> (n, f); a lone model may have no name.
     """
     names = list(next(iter(curves.values())))
-    figure = Figure(figsize=(4.4 * len(names), 3.4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    for axes, name in zip(part.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for model, values in curves.items():
-            axes.plot(np.arange(1, len(values[name]) + 1), values[name], label=model)
+            rows = values[name]
+            frames = np.arange(1, rows.shape[1] + 1)
+            (line,) = axes.plot(frames, rows.mean(axis=0), label=model)
+            axes.fill_between(
+                frames, rows.min(axis=0), rows.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0
+            )
         axes.set(xlabel="generated frame", ylabel=LABELS[name])
         axes.grid(alpha=0.3)
     if any(curves):
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    return figure
+        part.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)

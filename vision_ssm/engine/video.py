@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from mmengine.evaluator import BaseMetric
@@ -12,11 +12,24 @@ from monai.metrics.regression import compute_ssim_and_cs
 from torch import Tensor
 
 from vision_ssm.engine.tasks import Mode
-from vision_ssm.video import NextFrame, pixel_loss
+from vision_ssm.layers.convs5 import State
+from vision_ssm.video import pixel_loss
 
 __all__ = ["QUALITIES", "FrameMSE", "FramePSNR", "FramePrediction", "FrameSSIM", "mse", "psnr", "ssim", "unit"]
 
 SSIM_WINDOW = (11, 1.5)  # pixels, and the standard deviation of its Gaussian
+
+
+class FrameModel(Protocol):
+    """A network that predicts frames, as :class:`vision_ssm.video.NextFrame` does; frames have ``channels``."""
+
+    channels: int
+
+    def __call__(self, frames: Tensor, actions: Tensor | None = None) -> tuple[Tensor, State]: ...
+
+    def stream(self, context: Tensor, *, actions: Tensor | None = None) -> Iterator[tuple[Tensor, State]]: ...
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None: ...
 
 
 class FramePrediction(BaseModel):
@@ -36,7 +49,7 @@ class FramePrediction(BaseModel):
 
     def __init__(
         self,
-        net: NextFrame,
+        net: FrameModel,
         *,
         context: int,
         loss: Callable[[Tensor, Tensor], Tensor] = pixel_loss,
@@ -46,7 +59,7 @@ class FramePrediction(BaseModel):
         if context < 1:
             raise ValueError(f"context must be at least 1 frame; got {context}")
         net.set_grad_checkpointing(grad_checkpointing)
-        self.net = net
+        self.net: FrameModel = net
         self.context = context
         self.loss = loss
 
