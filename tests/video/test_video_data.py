@@ -18,7 +18,7 @@ from torchvision.transforms.functional import center_crop
 from vision_ssm.data import video_files, video_folder
 from vision_ssm.data.cine import CineSlices, acdc_cines, evenly, nifti_cines
 from vision_ssm.data.draws import Draws, DrawSampler
-from vision_ssm.data.images import mnist, mnist5k
+from vision_ssm.data.images import mnist
 from vision_ssm.data.moving_digits import MovingDigits
 from vision_ssm.data.video_files import index_video, read_clip, read_video
 from vision_ssm.data.video_folder import VideoFolder, video_paths
@@ -38,9 +38,13 @@ def corners(video: torch.Tensor) -> torch.Tensor:
     return torch.stack([ink.any(dim=2).int().argmax(1), ink.any(dim=1).int().argmax(1)], dim=1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def digits() -> list[dict[str, torch.Tensor]]:
-    return mnist5k("test")
+    """Ten strokes of 28 x 28 pixels, as thick and as bright as those of MNIST."""
+    strokes = torch.zeros(10, 1, 28, 28)
+    for number, stroke in enumerate(strokes[:, 0]):
+        stroke[4:24, 5 + number : 9 + number] = 1
+    return [{"image": stroke, "label": torch.tensor(number)} for number, stroke in enumerate(strokes)]
 
 
 def test_clips_are_digits_on_a_canvas(digits):
@@ -66,7 +70,7 @@ def test_a_shorter_clip_is_the_beginning_of_a_longer(digits):
 
 
 def test_workers_and_start_change_no_draw(digits):
-    draws = Draws(MovingDigits(digits[:50], clips=5, frames=2, size=(30, 32)), seed=1)
+    draws = Draws(MovingDigits(digits, clips=5, frames=2, size=(30, 32)), seed=1)
 
     def made(workers: int, start: int, batches: int) -> list[torch.Tensor]:
         sampler = DrawSampler(draws)
