@@ -1,9 +1,15 @@
 """CineUNet: streams equal films, at every level and any size; without its layers it is the network of images."""
 
+import nibabel
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
+from vision_ssm.engine.clips import CineSegmentation
+from vision_ssm.engine.config import build, load_config
+from vision_ssm.engine.runner import build_loader
 from vision_ssm.segmentation import CineUNet, SSMUNet
 from vision_ssm.video.mixers import TEMPORAL_MIXERS
 
@@ -90,3 +96,76 @@ def test_bad_input_is_refused():
     volumes = SSMUNet("ssm3d_nano", spatial_dims=3, in_channels=1, out_channels=2)
     with pytest.raises(ValueError, match="spatial_dims=2"):
         CineUNet(volumes)
+
+
+@pytest.fixture(scope="module")
+def acdc(tmp_path_factory):
+    """Five patients in ACDC's layout: a disc of class 3 that shrinks over six frames; the first and the fourth have
+    labels.
+    """
+    root = tmp_path_factory.mktemp("acdc")
+    x, y = np.mgrid[:24, :20] - 11
+    discs = np.stack([x**2 + y**2 < (8 - t) ** 2 for t in range(6)], axis=-1)[:, :, None].repeat(2, axis=2)
+    for patient in (f"patient{number:03}" for number in range(1, 6)):
+        (root / patient).mkdir()
+        nibabel.save(nibabel.Nifti1Image(100.0 * discs, np.eye(4)), root / patient / f"{patient}_4d.nii.gz")
+        for frame in (1, 4):
+            label = nibabel.Nifti1Image(3 * discs[..., frame - 1].astype(np.uint8), np.eye(4))
+            nibabel.save(label, root / patient / f"{patient}_frame{frame:02}_gt.nii.gz")
+    return root
+
+
+@pytest.fixture
+def config(acdc):
+    config = load_config("video/acdc_cine_unet", [f"data_root={acdc}", "model.net.net.backbone=test_vmamba"])
+    for loader in ("train_dataloader", "val_dataloader"):
+        options = config[loader].dataset
+        (options.dataset if "dataset" in options else options).update(frames=4, size=(32, 24), spacing=1.0)
+    config.train_dataloader.batch_size = 2
+    return config
+
+
+def test_a_step_of_the_config(config):
+    batch = next(iter(build_loader(config.train_dataloader)))
+    assert batch["video"].shape == batch["label"].shape == (2, 4, 1, 32, 24)
+    task = build(config.model)
+    task(**batch, mode="loss")["loss"].backward()
+    assert [name for name, parameter in task.named_parameters() if parameter.grad is None] == []
+
+
+def test_frames_with_labels_are_scored(config):
+    task, (metric,) = build(config.model).eval(), build(config.test_evaluator)
+    batch = next(iter(build_loader(config.val_dataloader)))
+    (found,) = task(**batch, mode="predict")
+    assert found["prediction"].shape == found["label"].shape == (1, 32, 24, 2)
+    labelled = (batch["label"][0] >= 0).flatten(1).all(dim=1)
+    logits = task(batch["video"])[0][labelled]
+    assert torch.equal(found["prediction"][0], logits.argmax(dim=1).movedim(0, -1))
+    metric.process(batch, [{**found, "prediction": found["label"]}])
+    assert metric.evaluate(1)["dice/left_ventricle"] == 1
+
+
+class Turned(nn.Module):
+    def forward(self, image, label):
+        return image.flip(-1), label.flip(-1)
+
+
+def test_variants_change_all_frames_alike_and_frames_without_labels_train_nothing():
+    losses = []
+
+    def loss(logits, label):
+        losses.append((logits, label))
+        return logits.square().mean()
+
+    video, label = torch.randn(2, 3, 1, 32, 32), torch.randint(0, 3, (2, 3, 1, 32, 32))
+    label[0, 1] = label[1, 0] = label[1, 2] = -1
+    model = cine()
+    task = CineSegmentation(model, loss, augment=[Turned()])
+    task(video, label, mode="loss")
+    ((logits, target),) = losses
+    assert torch.equal(target, torch.stack([label[0, 0], label[0, 2], label[1, 1]]).flip(-1))
+    expected = model(video.flip(-1))[0]
+    assert_close(logits, torch.stack([expected[0, 0], expected[0, 2], expected[1, 1]]))
+    with pytest.raises(ValueError, match="no frame of these clips has labels"):
+        task(video, torch.full_like(label, -1), mode="loss")
+    assert task(video, mode="predict")[0]["prediction"].shape == (1, 32, 32, 3)

@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from vision_ssm.engine.clips import ClipClassification
+from vision_ssm.engine.config import build, load_config
+from vision_ssm.engine.runner import build_loader
 from vision_ssm.video import ClipClassifier
 from vision_ssm.video.mixers import TEMPORAL_MIXERS
 
@@ -89,3 +92,36 @@ def test_bad_input_is_refused():
         model(video, classifier(mixer="identity")(video)[1])
     with pytest.raises(ValueError, match="state must have shape"):
         model(video, model(torch.zeros(1, 1, 1, 64, 64))[1])
+
+
+CONFIG = "video/moving_digits_heading"
+
+
+def digits():
+    """One that is a bar, for want of the files of real ones."""
+    image = torch.zeros(1, 14, 14)
+    image[:, 3:11, 6:9] = 1
+    return [{"image": image, "label": torch.tensor(1)}]
+
+
+def test_a_step_of_the_config():
+    config = load_config(CONFIG, ["train_dataloader.batch_size=4", "model.net.dim=8"])
+    config.train_dataloader.dataset.dataset.digits = {"type": digits}
+    batch = next(iter(build_loader(config.train_dataloader)))
+    assert batch["video"].shape == (4, 6, 1, 32, 32) and batch["label"].max() < len(config.classes)
+    task = build(config.model)
+    assert isinstance(task, ClipClassification)
+    task(**batch, mode="loss")["loss"].backward()
+    assert [name for name, parameter in task.named_parameters() if parameter.grad is None] == []
+
+    (metric,) = build(config.test_evaluator)
+    task.eval()
+    metric.process(batch, task(**batch, mode="predict"))
+    right = task.net(batch["video"])[0][:, -1].argmax(dim=1) == batch["label"]
+    assert metric.evaluate(4) == {"accuracy/top1": pytest.approx(right.float().mean().item())}
+
+
+def test_the_identity_twin_of_the_config_has_nothing_over_time():
+    nets = [build(load_config(CONFIG, overrides).model.net) for overrides in ([], ["model.net.mixer=identity"])]
+    sizes = [sum(parameter.numel() for parameter in net.stack.parameters()) for net in nets]
+    assert sizes[0] > sizes[1] == 0

@@ -128,7 +128,7 @@ class Row:
 
     @property
     def peak_mib(self) -> float | None:
-        return self.timing and self.timing.peak_mib
+        return self.timing.peak_mib if self.timing else None
 
     @property
     def frames_per_s(self) -> float:

@@ -5,8 +5,10 @@ import platform
 import shutil
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,9 +16,10 @@ from torch.utils.benchmark import Timer
 
 from .rows import Environment, Timing
 
-__all__ = ["describe", "measure"]
+__all__ = ["describe", "measure", "measure_steps"]
 
 _ROUNDS = 3
+_WARM_UP = 3
 _SOURCE = Path(__file__)
 
 
@@ -31,6 +34,14 @@ def measure(work: Mapping[str, Callable[[], object]], device: torch.device, seco
             )
     clock = _clock_mhz(device)
     return {name: _timing(times[name], peaks[name], clock) for name in work}
+
+
+def measure_steps(step: Callable[[], object], device: torch.device, steps: int) -> Timing:
+    """Times so many steps, one after another, after warming up; for work that waits for that of other processes."""
+    for _ in range(_WARM_UP):
+        step()
+    peak = _peak_mib(step, device)
+    return _timing((_cuda_steps if device.type == "cuda" else _cpu_steps)(step, steps), peak, _clock_mhz(device))
 
 
 def describe(device: torch.device) -> Environment:
@@ -48,7 +59,7 @@ def describe(device: torch.device) -> Environment:
 
 def _cpu_times(run: Callable[[], object], seconds: float) -> list[float]:
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    return [1e3 * time for time in timer.blocked_autorange(min_run_time=seconds).times]
+    return [1e3 * taken for taken in timer.blocked_autorange(min_run_time=seconds).times]
 
 
 def _cuda_times(run: Callable[[], object], seconds: float) -> list[float]:
@@ -65,6 +76,25 @@ def _cuda_times(run: Callable[[], object], seconds: float) -> list[float]:
     if once > 1e3 * seconds:
         return [once]
     return list(do_bench(run, rep=1e3 * seconds, return_mode="all"))
+
+
+def _cpu_steps(step: Callable[[], object], steps: int) -> list[float]:
+    moments = [time.perf_counter()]
+    for _ in range(steps):
+        step()
+        moments.append(time.perf_counter())
+    return [1e3 * (end - begin) for begin, end in pairwise(moments)]
+
+
+def _cuda_steps(step: Callable[[], object], steps: int) -> list[float]:
+    """From the end of a step to that of the next, as in training: nothing waits between them."""
+    moments = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    moments[0].record()
+    for moment in moments[1:]:
+        step()
+        moment.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in pairwise(moments)]
 
 
 def _timing(times_ms: list[float], peak_mib: float | None, clock_mhz: int | None) -> Timing:

@@ -123,7 +123,8 @@ class TrainingJob(VideoJob):
         model = self.build(device).train()
         if self.checkpointing:
             model.set_grad_checkpointing()
-            model.stack.set_grad_checkpointing(self.checkpointing == "all")
+            stack: Any = model.stack
+            stack.set_grad_checkpointing(self.checkpointing == "all")
         if COMPILED in self.run:
             compile_parts(model)
         graph = GRAPH in self.run
