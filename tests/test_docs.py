@@ -34,20 +34,26 @@ PAGES = [page for page in DOCUMENTS if not MADE & set(page.parts)]
 FENCE = re.compile(r"^```(?P<language>[\w-]+)\n(?P<code>.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 SHORT = ("train_cfg.max_iters=2", "train_cfg.val_interval=2", "train_dataloader.batch_size=2")
+DIGITS = ("val_dataloader.dataset.clips=1", "val_dataloader.dataset.frames=10", "test_dataloader.dataset.clips=2")
 SMALL = {
-    "medical/decathlon_umamba": (
+    ("train", "medical/decathlon_umamba"): (
         "model.net.channels=(4,8,8)",
         "model.net.decoder_blocks=1",
         "model.net.state=2",
         "train_dataloader.dataset.size=(16,16,16)",
         "model.inferer.roi_size=(16,16,16)",
-    )
+    ),
+    ("train", "video/moving_digits_convs5_nano"): (*DIGITS, "param_scheduler.0.end=1", "param_scheduler.1.begin=1"),
+    ("eval", "video/moving_digits_convs5_nano"): DIGITS,
 }
-"""Entries of a config that are changed besides, for the time that its network takes on a CPU."""
+"""Entries of a config that are changed for the time that its network or its test takes on a CPU."""
 
 ELSEWHERE = {
     "make ": "CI runs the targets lint, docs and test; dev installs; demo is the command quickstart",
     "vision-ssm quickstart": "tests/test_tools.py runs it, and the commands that it prints",
+    "vision-ssm train video/folder_convs5": "tests/video/test_video_tools.py trains it on videos that it writes",
+    "vision-ssm train video/moving_digits_vq_nano": "tests/video/test_video_codes.py trains both, made small",
+    "vision-ssm train video/moving_digits_codes_nano": "as above",
     "pip install ": "needs a package index; tests/test_packaging.py installs the wheel",
 }
 """How lines begin that do not run here, and why."""
@@ -87,11 +93,9 @@ def run_shell(block: Block, page: Path, names: dict[str, object]) -> None:
 
 
 def shortened(arguments: list[str]) -> list[str]:
-    """A command as it stands, but of training two steps, small where the network is large."""
-    if arguments[0] != "train":
-        return arguments
-    entries = [*SHORT, *SMALL.get(arguments[1], ())]
-    return [*arguments, *([] if "--set" in arguments else ["--set"]), *entries]
+    """A command as it stands, but of training two steps, and small where the network or the test is large."""
+    entries = [*(SHORT if arguments[0] == "train" else ()), *SMALL.get((arguments[0], arguments[1]), ())]
+    return [*arguments, *([] if "--set" in arguments or not entries else ["--set"]), *entries]
 
 
 RUN = {"python": run_python, "pycon": run_doctest, "shell": run_shell}
