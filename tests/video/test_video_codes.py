@@ -66,13 +66,16 @@ def test_codes_are_trained_on_the_frozen_tokenizer(tokenizer, tmp_path):
     assert_close(dict(again.net.state_dict()), dict(task.net.state_dict()))
 
 
-@pytest.mark.parametrize("name", ["vq", "codes"])
-def test_the_full_configs_describe_what_there_is(name):
-    config = load_config(f"video/moving_digits_{name}")
+@pytest.mark.parametrize("name", ["moving_digits", "folder"])
+def test_the_models_of_codes_fit_their_tokenizers(name):
+    vq, codes = (load_config(f"video/{name}_{kind}") for kind in ("vq", "codes"))
     with torch.device("meta"):
-        task = build(config.model)
-    tokenizer = task.net if name == "vq" else task.net.tokenizer
-    assert tokenizer.stride == 4 and tokenizer.codes == 512
+        tokenizer, net = build(vq.model.net), build(codes.model.net)
+    shapes = {key: m.shape for key, m in tokenizer.state_dict().items()}
+    assert {key: m.shape for key, m in net.tokenizer.state_dict().items()} == shapes
+    assert tokenizer.stride == 4
+    assert vq.test_evaluator[-1].codes == tokenizer.codes
+    assert f"{name}_vq" in codes.model.tokenizer
 
 
 def test_training_without_a_tokenizer_says_what_to_do(tmp_path):
@@ -102,6 +105,19 @@ def test_the_loss_is_that_of_the_next_codes():
     assert_close(task(video, actions, mode="loss")["loss"], wanted)
     with pytest.raises(ValueError, match="from 0 to 2"):
         task(video, actions + 3, mode="loss")
+
+
+def test_checkpointing_changes_no_gradient():
+    task = coded()
+    video = torch.rand(2, 5, 1, 8, 8) * 2 - 1
+    grads = []
+    for enable in (False, True):
+        task.net.set_grad_checkpointing(enable)
+        task.zero_grad()
+        task(video, mode="loss")["loss"].backward()
+        grads.append({key: m.grad for key, m in task.net.model.named_parameters()})
+    assert task.net.model.grad_checkpointing and grads[0].keys() == grads[1].keys()
+    assert_close(grads[1], grads[0])
 
 
 def test_the_loss_may_be_of_some_frames():
