@@ -59,6 +59,9 @@ ELSEWHERE = {
 """How lines begin that do not run here, and why."""
 
 
+COMMAND = re.compile(r"(?:.* -m vision_ssm\.tools|vision-ssm) (.*)")
+
+
 class Block(NamedTuple):
     """A fenced block of a page, and the line that it begins on."""
 
@@ -73,6 +76,11 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(fence["language"], fence["code"], text.count("\n", 0, fence.start("code")))
 
 
+def logical_lines(block: Block) -> list[str]:
+    """Lines of a shell, those that a backslash continues put together."""
+    return re.sub(r"\\\n\s*", "", block.code).splitlines()
+
+
 def run_python(block: Block, page: Path, names: dict[str, object]) -> None:
     exec(compile("\n" * block.line + block.code, page, "exec"), names)
 
@@ -84,7 +92,7 @@ def run_doctest(block: Block, page: Path, names: dict[str, object]) -> None:
 
 
 def run_shell(block: Block, page: Path, names: dict[str, object]) -> None:
-    for line in block.code.replace("\\\n", " ").splitlines():
+    for line in logical_lines(block):
         if line.startswith(tuple(ELSEWHERE)):
             continue
         program, *arguments = shlex.split(line)
@@ -115,6 +123,22 @@ def test_blocks_run_in_their_order(page: Path, tmp_path: Path, monkeypatch: pyte
     for block in blocks(page):
         if block.language not in SHOWN:
             RUN[block.language](block, page, names)
+
+
+NOT_RUN = [
+    line
+    for page in PAGES
+    for block in blocks(page)
+    for line in logical_lines(block)
+    if block.language in SHOWN or line.startswith(tuple(ELSEWHERE))
+]
+
+
+@pytest.mark.parametrize("command", sorted({found[1] for line in NOT_RUN if (found := COMMAND.match(line))}))
+def test_commands_that_do_not_run_parse(command: str) -> None:
+    """Those after torchrun too."""
+    name, *arguments = shlex.split(command)
+    cli.tool_of(name).parser().parse_args(arguments)
 
 
 def test_every_language_is_run_or_only_shown() -> None:
