@@ -1,8 +1,6 @@
 """Runs that stop and go on, checkpoints that are whole or absent, metrics, and predictions on the input's grid."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel
@@ -244,15 +242,3 @@ def test_bad_output_names_are_refused(tmp_path, target, error, message):
 def test_prediction_needs_a_config_that_segments():
     with pytest.raises(ValueError, match="does not segment volumes"):
         Predictor(load_config("image/mnist_vmamba_nano"), nn.Identity())
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo is for machines without a GPU")
-def test_two_processes_train_on_a_cpu(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
-    train_tool = [str(ROOT / "tools" / "train.py"), TINY, "--work-dir", str(tmp_path / "run")]
-    settings = ["--set", "launcher=pytorch", "train_cfg.max_iters=2"]
-    done = subprocess.run([*command, *train_tool, *settings], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Dice mean") == 1
-    assert (tmp_path / "run" / "weights.safetensors").is_file()

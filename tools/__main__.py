@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "measure a checkpoint on its config's test set",
     "predict": "label volumes: NIfTI files, DICOM series, folders of cases",
     "benchmark": "time operators and models",
+    "scale": "time training steps in one process and several",
     "profile": "count parameters, multiply-adds and memory of models",
     "erf": "draw the effective receptive field of a model",
     "zoo": "list, convert and verify published checkpoints",

@@ -12,6 +12,7 @@ NETS = {
     "basic_unet": ("features=(4, 4, 4, 4, 4, 4)",),
     "dynunet": ("filters=(4, 4, 4, 4, 4)",),
     "segmamba": ("dims=(4, 8)", "depths=(1, 1)", "hidden=8", "state=2"),
+    "segmamba_fsdp": ("dims=(4, 8)", "depths=(1, 1)", "hidden=8", "state=2"),
     "segresnet": ("init_filters=8", "blocks_down=(1, 1)", "blocks_up=(1,)"),
     "ssm_unet": ("dims=(4, 8)", "depths=(1, 1)"),
     "swin_umamba": ("backbone=test_vmamba", "stem_channels=4"),

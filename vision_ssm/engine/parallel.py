@@ -45,7 +45,6 @@ def replicated(module: BaseModel, find_unused_parameters: bool = False) -> MMDis
     return MMDistributedDataParallel(
         module,
         device_ids=[torch.cuda.current_device()] if on_gpu else None,  # a CPU has no ids
-        broadcast_buffers=False,  # training reads none; ``send_buffers`` before they are read
         find_unused_parameters=find_unused_parameters,
     )
 
@@ -119,7 +118,7 @@ def share(value: Any, like: Tensor | None) -> Any:
 
 
 def send_buffers(module: nn.Module) -> None:
-    """The main process's buffers for all: statistics of batch norms are each process's own until they are read."""
+    """The main process's buffers for all: the last step left each with batch norms' statistics of its own."""
     for buffer in module.buffers():
         broadcast(buffer)
 

@@ -44,7 +44,7 @@ from vision_ssm.engine.parallel import (
     whole,
 )
 
-__all__ = ["AutocastOptimWrapper", "SafeRunner", "build_runner", "device", "prepare_folder"]
+__all__ = ["AutocastOptimWrapper", "SafeRunner", "build_runner", "device", "join_group", "prepare_folder"]
 
 SPANS = {OneCycleLR: "total_steps", CosineAnnealingLR: "end"}  # what says when a schedule ends
 
@@ -245,7 +245,7 @@ def build_runner(
         ValueError: a run of this config could not be resumed, or it does not fit the processes that were started.
     """
     check_checkpoints(config)
-    launcher = join_group(config)
+    launcher = join_group(config.get("launcher"))
     checkpoint = find_checkpoint(work_dir, resume) if resume else None
     if is_main_process():
         goes_on = checkpoint is not None and checkpoint.parent.resolve() == work_dir.resolve()
@@ -333,17 +333,20 @@ def build_loader(options: Mapping[str, Any]) -> DataLoader[Any]:
     return DataLoader(dataset, sampler=sampler, **{key: value for key, value in options.items() if key != "dataset"})
 
 
-def join_group(config: Config) -> str:
+def join_group(launcher: str | None = None) -> str:
     """Joins the processes that were started together: gloo on CPUs, NCCL on GPUs.
 
+    Args:
+        launcher: as mmengine calls it; by default "pytorch" under torchrun, else "none".
+
     Returns:
-        The launcher, as mmengine calls it: the config's, else "pytorch" under torchrun, else "none".
+        The launcher.
 
     Raises:
-        ValueError: the config's launcher is not what started this process.
+        ValueError: it is not what started this process.
     """
     launched = torch.distributed.is_torchelastic_launched()
-    launcher: str = config.get("launcher", "pytorch" if launched else "none")
+    launcher = launcher or ("pytorch" if launched else "none")
     if launcher in ("none", "pytorch") and launched != (launcher == "pytorch"):
         started = "torchrun started this process" if launched else "torchrun did not start this process"
         raise ValueError(f"launcher={launcher!r}, but {started}; leave launcher out, it is known by itself")
