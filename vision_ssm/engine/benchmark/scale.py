@@ -6,7 +6,7 @@ waits for the others.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from mmengine.dist import get_world_size
@@ -128,8 +128,14 @@ SCALES: dict[str, tuple[ScaleJob, ...]] = {
 }
 
 
-def run(suite: Literal["scale", "scale_smoke"]) -> Iterator[Row]:
-    """Rows of a suite, in every process that torchrun started; they are the same but for each one's own times."""
+def run(suite: str) -> Iterator[Row]:
+    """Rows of a suite, in every process that torchrun started; they are the same but for each one's own times.
+
+    Raises:
+        ValueError: there is no such suite.
+    """
+    if suite not in SCALES:
+        raise ValueError(f"unknown suite {suite!r}; suites are {', '.join(SCALES)}")
     join_group()
     environment = describe(device())
     for job in SCALES[suite]:
