@@ -22,6 +22,7 @@ from sphinx.util.typing import ExtensionMetadata
 from vision_ssm.engine.benchmark.rows import read_rows, render
 from vision_ssm.kernels import ATROUS, BIDIRECTIONAL, CROSS, HILBERT, HILBERT_3D, TRI_3D, Route, Routes
 from vision_ssm.kernels.routed_scan.cases import CASES
+from vision_ssm.tools.__main__ import COMMANDS, tool_of
 from vision_ssm.video import MODELS
 
 __all__ = ["FIGURES", "RESULTS", "figure_of_routes", "setup", "table_of_models", "table_of_traffic", "write"]
@@ -162,6 +163,12 @@ def table_of_rows(file: Path) -> str:
     return render(read_rows(file))
 
 
+def help_of_commands() -> str:
+    """Markdown: what each command says with ``--help``."""
+    texts = {command: tool_of(command).parser().format_help() for command in COMMANDS}
+    return "\n".join(f"## vision-ssm {command}\n\n```text\n{text}```\n" for command, text in texts.items())
+
+
 def fragments() -> Iterator[tuple[str, Callable[[], str]]]:
     """Name of each Markdown file, and what makes its text."""
     for family in ("vmamba", "efficient_vmamba", "vim", "hydra", "vim2"):
@@ -169,6 +176,7 @@ def fragments() -> Iterator[tuple[str, Callable[[], str]]]:
     yield "models_convs5", table_of_video_models
     yield "traffic", table_of_traffic
     yield "targets", table_of_targets
+    yield "commands", help_of_commands
     for suite in ("h100_ops", "h100_models"):
         yield suite, partial(table_of_rows, RESULTS / f"{suite}.jsonl")
 
