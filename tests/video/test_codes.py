@@ -303,6 +303,26 @@ def test_an_autoencoder_decodes_what_it_encodes():
     assert found.frames.abs().max() <= 1
 
 
+def test_the_codebook_learns_in_float32_under_autocast():
+    net = autoencoder(encoder=(32,), decoder=(32,))
+    frames = torch.rand(1, 2, 1, 8, 8) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        found = net(frames)
+        z = net.encoder(frames.flatten(0, 1)).movedim(1, -1).flatten(0, 2)
+        codes = net.codebook.nearest(z)
+    (found.frames.float().square().mean() + found.commitment).backward()
+    assert z.dtype == torch.bfloat16 and all(m.grad.isfinite().all() for m in net.parameters())
+    assert torch.equal(codes, torch.cdist(z.double(), net.codebook.vectors.double()).argmin(dim=1))
+    taken = nn.functional.one_hot(codes, CODES).float()
+    before, usage = net.codebook.sums.clone(), net.codebook.usage.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        net.codebook.learn(z.detach(), codes)
+    kept = (0.99 * usage + 0.01 * taken.mean(dim=0)) > 0.1 / CODES
+    wanted = 0.99 * before + 0.01 * taken.T @ z.detach().float() / len(z)
+    assert kept.any()
+    assert_close(net.codebook.sums[kept], wanted[kept])
+
+
 def test_an_autoencoder_learns():
     """Frames of two kinds, bright left or bright right, become clear in forty steps."""
     net = autoencoder(codes=4, encoder=(32, 32), decoder=(32, 32))

@@ -84,8 +84,9 @@ class Codebook(nn.Module):
         z, total = z.to(self.vectors.dtype), len(self.vectors)
         error = (z - self(codes)).square().sum(dim=1) + torch.finfo(z.dtype).tiny
         fresh = z[torch.multinomial(error, total, replacement=True)]
-        usage = torch.bincount(codes, minlength=total).to(z.dtype) / len(z)
-        sums = torch.zeros_like(self.sums).index_add_(0, codes, z) / len(z)
+        taken = (codes[:, None] == torch.arange(total, device=z.device)).to(z.dtype)
+        with torch.autocast(z.device.type, enabled=False):  # and no index_add_, which varies on a GPU
+            usage, sums = taken.mean(dim=0), taken.T @ z / len(z)
         if dist.is_available() and dist.is_initialized():
             for mean in (usage, sums):
                 dist.all_reduce(mean)
