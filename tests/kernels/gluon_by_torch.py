@@ -194,10 +194,12 @@ class Machine:
         return {root: gluon, f"{root}.language": gluon.language, f"{root}.language.nvidia.ampere": ampere}
 
 
-def kernels() -> types.ModuleType:
-    """The module ``gpu_block_kernels`` on such a machine."""
+def kernels() -> dict[str, Kernel]:
+    """The kernels of the routed scan on such a machine, by name."""
     dialect = Machine().dialect()
     package = "vision_ssm.kernels.routed_scan"
+    importlib.import_module(f"{package}.gpu_blocks")  # with all that it needs: what is imported below is forgotten
+    found = {}
     with (
         mock.patch.dict(sys.modules, dialect),
         mock.patch.object(triton.experimental, "gluon", dialect["triton.experimental.gluon"]),
@@ -206,4 +208,5 @@ def kernels() -> types.ModuleType:
             spec = importlib.util.find_spec(f"{package}.{name}")
             sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-    return module
+            found.update({name: value for name, value in vars(module).items() if isinstance(value, Kernel)})
+    return found

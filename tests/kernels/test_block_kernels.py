@@ -37,7 +37,7 @@ def machine():
 @pytest.fixture(autouse=True)
 def without_gpu(machine, monkeypatch):
     for name in KERNELS:
-        monkeypatch.setattr(gpu_blocks, name, getattr(machine, name))
+        monkeypatch.setattr(gpu_blocks, name, machine[name])
     monkeypatch.setattr(gpu_blocks._Launcher, "__call__", launch)
     gpu_blocks._cached_call.cache_clear()
     yield
@@ -65,7 +65,7 @@ def launch(self, *tensors):
 )
 def test_values_and_gradients(case, dtype, units, scratch, monkeypatch):
     monkeypatch.setattr(gpu_blocks, "multiprocessors", lambda device: units)
-    monkeypatch.setattr(gpu_blocks, "_SCRATCH", {"forward": scratch, "backward": scratch})
+    monkeypatch.setattr(gpu_blocks, "_SCRATCH", dict.fromkeys(gpu_blocks._SCRATCH, scratch))
     inputs = list(make_inputs(case, dtype, CPU).values())
     y = gpu_blocks.forward(*inputs, case.routes)
     dy = torch.randn(y.shape).to(dtype)
