@@ -126,7 +126,8 @@ class NextMap(nn.Module, ABC):
     def _map_by_map(self, module: nn.Module, x: Tensor) -> Tensor:
         """Encoder or decoder of maps (n, ...), each of which is by itself."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return torch.cat([checkpoint(module, piece) for piece in x.split(AT_ONCE)])
+            # Nothing in them is random, and no CUDA graph can capture a generator's state.
+            return torch.cat([checkpoint(module, piece, preserve_rng_state=False) for piece in x.split(AT_ONCE)])
         return cast(Tensor, module(x))
 
     def step(self, frame: Tensor, action: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:

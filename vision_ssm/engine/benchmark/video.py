@@ -68,9 +68,8 @@ class VideoJob:
     def clip(self, frames: int, device: torch.device) -> Tensor:
         return torch.rand(self.batch, frames, 1, self.size, self.size, device=device) * 2 - 1
 
-    def casting(self, device: torch.device, cache: bool = True) -> torch.autocast:
-        """Without the cache of cast weights in what a CUDA graph captures: it would be freed when autocast ends."""
-        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=cache)
+    def casting(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
 
     def measured(self, work: Callable[[], object], device: torch.device, seconds: float) -> Timing:
         """The memory of a CUDA graph is its own and is not counted."""
@@ -127,15 +126,14 @@ class TrainingJob(VideoJob):
             stack.set_grad_checkpointing(self.checkpointing == "all")
         if COMPILED in self.run:
             compile_parts(model)
-        graph = GRAPH in self.run
-        work: Callable[[], object] = partial(self.step, model, self.clip(self.frames + 1, device), cache=not graph)
-        if graph:
+        work: Callable[[], object] = partial(self.step, model, self.clip(self.frames + 1, device))
+        if GRAPH in self.run:
             work = captured(work)
         return self.measured(work, device, seconds)
 
-    def step(self, model: NextFrame, clip: Tensor, *, cache: bool) -> None:
+    def step(self, model: NextFrame, clip: Tensor) -> None:
         model.zero_grad()
-        with self.casting(clip.device, cache):
+        with self.casting(clip.device):
             prediction, _ = model(clip[:, :-1])
         pixel_loss(prediction.float(), clip[:, 1:]).backward()
 
