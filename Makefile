@@ -36,7 +36,7 @@ lint: $(STAMP)-dev
 	PYTHON=$(CURDIR)/$(BIN)/python .ci/typecheck
 
 docs: $(STAMP)-docs
-	$(BIN)/sphinx-build -q --fail-on-warning --keep-going docs docs/_build/html
+	$(BIN)/sphinx-build -q --fresh-env --fail-on-warning --keep-going docs docs/_build/html
 
 clean:
 	rm -rf build dist docs/_build docs/_generated *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(STAMP)-*

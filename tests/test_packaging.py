@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 FOLDERS: dict[str, str] = SETUPTOOLS["package-dir"]
 MAPPED = [folder for folder in FOLDERS.values() if folder != "vision_ssm"]
-LEFT_BEHIND = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+LEFT_BEHIND = shutil.ignore_patterns(".*", "_build", "_generated", "build", "dist", "runs", "*.egg-info", "__pycache__")
 
 
 def packages_of_the_tree() -> set[str]:
