@@ -26,7 +26,9 @@ COMMANDS = {
     "profile": "count parameters, multiply-adds and memory of models",
     "erf": "draw the effective receptive field of a model",
     "zoo": "list, convert and verify published checkpoints",
+    "soak": "train on images of ever other sizes, and watch numbers and memory",
     "experiment": "train networks under one budget and compare them",
+    "export": "write a model as one file that runs without this package",
     "bundle": "make a MONAI Bundle of a trained network",
 }
 
