@@ -3,13 +3,14 @@
 import random
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from vision_ssm.engine.benchmark.rows import Environment
@@ -92,7 +93,7 @@ def soak(
     draw = random.Random(seed)
     net = SSMUNet(backbone, in_channels=3, out_channels=4).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
-    forward: nn.Module = torch.compile(net, dynamic=True) if compiled else net
+    forward: Callable[..., Tensor] = torch.compile(net, dynamic=True) if compiled else net
     losses, memory, seconds, graphs, drawn, bad = [], [], [], [], set(), 0
     for _ in range(steps):
         drawn.add(size := (draw.randint(*sizes), draw.randint(*sizes)))
