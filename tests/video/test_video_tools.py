@@ -339,6 +339,9 @@ def test_bad_clips_are_one_line_and_leave_nothing(weights, clip, tmp_path, capsy
     assert "multiples of 2; got (15, 16)" in fails(array(np.zeros((5, 15, 16), np.uint8)))
     assert "as bytes or as numbers in [-1, 1]; it has int64 (5, 16, 16)" in fails(array(np.zeros((5, 16, 16), int)))
     assert "must have values in [-1, 1]" in fails(array(np.full((5, 16, 16), np.nan)))
+    late = np.zeros((5, 16, 16))
+    late[-1] = 2  # a true frame, which only the sheet shows
+    assert "must have values in [-1, 1]" in fails(array(late))
     assert "--flips is nothing for config tiny_video" in fails(clip, "--flips", "xy")
     assert "another model" in fails(clip, "--set", "model.net.stack.layers=2")
     assert "frames per second" in fails(clip, "--fps", "0")

@@ -87,25 +87,20 @@ def continue_file(
         raise ValueError(f"{total} frames are to be generated; give --frames N, since {source} may have no more itself")
     known = None if actions is None else read_actions(actions, context + total)
     beginning = clip.read(range(context))
+    after = {number: context + number for number in chosen(total)}
+    truth = {number: clip.read(range(at, at + 1))[0] for number, at in after.items() if at < clip.length}
     stream = task.net.stream(beginning[None].to(device()), actions=known)
-
-    shown = chosen(total)
+    steps = track(range(total), "generating", console=console, disable=not console.is_terminal)
     generated: dict[int, Tensor] = {}
 
     def frames_of() -> Iterator[Tensor]:
-        steps = track(range(total), "generating", console=console, disable=not console.is_terminal)
-        for number, (frame, _) in zip(steps, stream, strict=False):
-            if number in shown:
-                generated[number] = unit(frame[0]).cpu()
+        for number, (frame, _) in zip(steps, stream, strict=False):  # the stream may have no end
+            if number in after:
+                generated[number] = frame[0].float().cpu()
             yield frame[0]
 
     write_video(target, frames_of(), fps)
-    truth = {
-        number: unit(clip.read(range(context + number, context + number + 1))[0])
-        for number in shown
-        if context + number < clip.length
-    }
-    seen = {number: unit(beginning[number]) for number in chosen(context)}
+    seen = {number: beginning[number] for number in chosen(context)}
     save_figure(sheet, contact_sheet(seen, truth, generated, first=context + 1))
     console.print(f"video: {target}\nsheet: {sheet}")
     return 0
@@ -179,7 +174,7 @@ def chosen(total: int) -> list[int]:
 def contact_sheet(
     context: Mapping[int, Tensor], truth: Mapping[int, Tensor], prediction: Mapping[int, Tensor], first: int
 ) -> Figure:
-    """Rows of frames (k, h, w) in [0, 1] by number: of the context, true and generated ones after it.
+    """Rows of frames (k, h, w) by number: of the context, true and generated ones after it.
 
     Args:
         first: of the frames after the context, counted from 1.
@@ -191,7 +186,9 @@ def contact_sheet(
     for line, (title, (frames, begin)) in zip(grid, rows.items(), strict=True):
         for axes, number in zip(line, prediction if title == "truth" else frames, strict=False):
             if number in frames:
-                axes.imshow(frames[number].movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+                axes.imshow(
+                    unit(frames[number]).movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+                )
             axes.set_title(str(begin + number), fontsize=8)
         for axes in line:
             axes.set(xticks=[], yticks=[])
