@@ -96,8 +96,9 @@ class Codebook(nn.Module):
         self.usage.lerp_(usage, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         dead = new | (self.usage < self.least / total)
-        self.usage.masked_fill_(dead, 1 / total)
-        self.sums.copy_(torch.where(dead[:, None], fresh / total, self.sums))
+        weight = 2 * self.least / total  # so little that it soon moves to its vectors, or dies again
+        self.usage.masked_fill_(dead, weight)
+        self.sums.copy_(torch.where(dead[:, None], fresh * weight, self.sums))
         self.vectors.copy_(self.sums / self.usage[:, None])
 
 
