@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # mmengine asks for the OpenCV with windows, whose libraries (libGL) a machine without a desktop lacks.
 HEADLESS_OPENCV = $(BIN)/python -m pip install --force-reinstall --no-deps opencv-python-headless
 
-.PHONY: help demo dev test lint docs clean
+.PHONY: help demo dev test lint audit docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make dev    set up for changes: everything installed, the hook of pre-commit too"
 	@echo "make test   run the tests"
 	@echo "make lint   run ruff, and mypy on the built wheel"
+	@echo "make audit  look for known vulnerabilities of what is installed, where an index of them can be reached"
 	@echo "make docs   build the documentation site into docs/_build/html"
 	@echo "make clean  remove build leftovers and caches (the environment stays)"
 	@echo "PYTHON=python3.12 make ...  chooses the interpreter of a new .venv (3.10 or newer)"
@@ -34,6 +35,9 @@ lint: $(STAMP)-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	PYTHON=$(CURDIR)/$(BIN)/python .ci/typecheck
+
+audit: $(STAMP)-dev
+	$(BIN)/python .ci/audit
 
 docs: $(STAMP)-docs
 	$(BIN)/sphinx-build -q --fresh-env --fail-on-warning --keep-going docs docs/_build/html

@@ -2,7 +2,10 @@
 
 import hashlib
 import io
+import json
 import os
+import subprocess
+import sys
 import urllib.request
 import urllib.response
 from dataclasses import dataclass, field, replace
@@ -126,6 +129,8 @@ def test_an_override_that_could_run_code_is_refused(trap: Path, override: str, r
 
 READERS = {
     "train": ["evil.py"],
+    "eval": ["evil.py", "weights.safetensors"],
+    "predict": ["evil.py", "weights.safetensors", "in.nii.gz", "out.nii.gz"],
     "experiment": ["run", "evil.py", "--out", "runs.jsonl", "--seconds", "1"],
     "bundle": ["create", "evil.py", "weights.safetensors", "out"],
 }
@@ -341,3 +346,32 @@ def test_a_name_that_is_not_one_file_lists_the_files() -> None:
 def test_the_addresses_of_the_cards_are_encrypted() -> None:
     assert all(card.page.startswith("https://") for card in cards())
     assert all(card.url is None or card.url.startswith("https://") for card in cards())
+
+
+AUDIT = Path(__file__).parents[1] / ".ci" / "audit"
+KNOWN = {"name": "a", "version": "1", "vulns": []}
+FLAWED = {"name": "b", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["3"], "aliases": []}]}
+UNKNOWN = {"name": "c", "skip_reason": "not found"}
+
+
+@pytest.mark.parametrize(
+    ("packages", "status", "said"),
+    [
+        ([KNOWN, UNKNOWN], 0, "audit: 1 packages checked, 1 not in the index, 0 vulnerabilities"),
+        ([KNOWN, FLAWED], 1, "b 2: CVE-1, fixed in 3\naudit: 2 packages checked"),
+        ([UNKNOWN], 0, "audit skipped, nothing was checked: the index knows none of 1 packages"),
+        (None, 0, "audit skipped, nothing was checked: no route"),
+    ],
+)
+def test_the_audit_fails_on_findings_and_says_when_it_cannot_look(
+    tmp_path: Path, packages: list[Any] | None, status: int, said: str
+) -> None:
+    report = json.dumps({"dependencies": packages})
+    write = f"pathlib.Path(sys.argv[-1].removeprefix('--output=')).write_text({report!r})"
+    code = "sys.exit('no route')" if packages is None else write
+    (tmp_path / "pip_audit.py").write_text(f"import pathlib, sys\n{code}\n")
+    done = subprocess.run(
+        [sys.executable, AUDIT], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == status, done.stderr
+    assert said in done.stdout
