@@ -135,17 +135,9 @@ class SafeRunner(Runner):
         if save_param_scheduler and self.param_schedulers is not None:
             checkpoint["param_schedulers"] = [scheduler.state_dict() for scheduler in self.param_schedulers]
         self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
-        if not is_main_process():
-            return
-        content, path = io.BytesIO(), Path(out_dir, filename)
-        torch.save(checkpoint, content)
-        try:
-            write_atomically(path, lambda partial: partial.write_bytes(content.getbuffer()))
-        except OSError as error:
-            raise OSError(
-                f"cannot write {path} ({error.strerror or error}); the checkpoints before it are whole. Free space, "
-                "then repeat the command with --resume"
-            ) from error
+        if is_main_process():
+            write_checkpoint(Path(out_dir, filename), checkpoint)
+        barrier()  # a process that ended before would end them all, and the file half-way
 
     def load_checkpoint(self, filename: str, map_location: Any = "cpu") -> dict[str, Any]:
         """Loads a checkpoint of this very model, to go on from.
@@ -207,6 +199,18 @@ class SafeRunner(Runner):
         task: BaseModel = build(self.cfg.model)
         task.load_state_dict(state)
         return task.to(device()).eval()
+
+
+def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    content = io.BytesIO()
+    torch.save(checkpoint, content)  # to memory, since its writer of files hides why one cannot be written
+    try:
+        write_atomically(path, lambda partial: partial.write_bytes(content.getbuffer()))
+    except OSError as error:
+        raise OSError(
+            f"cannot write {path} ({error.strerror or error}); the checkpoints before it are whole. Free space, then "
+            "repeat the command with --resume"
+        ) from error
 
 
 def prepare_folder(folder: Path, *, resume: bool = False) -> None:

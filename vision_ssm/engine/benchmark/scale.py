@@ -121,7 +121,6 @@ SCALES: dict[str, tuple[ScaleJob, ...]] = {
             sample=(4, 16, 16, 16),
             batch=1,
             wrapper=sharded,
-            mixed=False,
             steps=3,
         ),
     ),
