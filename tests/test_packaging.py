@@ -158,16 +158,35 @@ def runs(program: Path, *arguments: str, cwd: Path) -> str:
     return succeeds(subprocess.run([program, *arguments], cwd=cwd, capture_output=True, text=True))
 
 
-def test_the_wheel_trains_and_predicts_by_the_name_of_a_config(installed: Path, tmp_path: Path) -> None:
+CONFIG = "medical/deep_grey_vmamba_unet"
+
+
+@pytest.fixture(scope="module")
+def trained(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights after one step."""
+    folder = tmp_path_factory.mktemp("trained")
+    short = ("train_cfg.max_iters=1", "train_dataloader.batch_size=1")
+    runs(installed, "train", CONFIG, "--work-dir", "run", "--set", *short, cwd=folder)
+    return folder / "run" / "weights.safetensors"
+
+
+def test_the_environment_has_the_package_of_the_wheel(installed: Path, tmp_path: Path) -> None:
     code = "import vision_ssm, vision_ssm.kernels as kernels; print(vision_ssm.__file__, kernels.__file__)"
-    interpreter = installed.with_name(Path(sys.executable).name)
-    for location in runs(interpreter, "-c", code, cwd=tmp_path).split():
+    for location in runs(installed.with_name(Path(sys.executable).name), "-c", code, cwd=tmp_path).split():
         assert Path(location).is_relative_to(installed.parents[1])
-    name, short = "medical/deep_grey_vmamba_unet", ("train_cfg.max_iters=1", "train_dataloader.batch_size=1")
-    runs(installed, "train", name, "--work-dir", "run", "--set", *short, cwd=tmp_path)
+
+
+def test_the_wheel_predicts_by_the_name_of_a_config(installed: Path, trained: Path, tmp_path: Path) -> None:
     shutil.copyfile(deep_grey_files()[0]["image"], tmp_path / "in.nii.gz")
-    runs(installed, "predict", name, "run/weights.safetensors", "in.nii.gz", "out.nii.gz", cwd=tmp_path)
+    runs(installed, "predict", CONFIG, str(trained), "in.nii.gz", "out.nii.gz", cwd=tmp_path)
     assert (tmp_path / "out.nii.gz").is_file()
+
+
+@pytest.mark.skipif("export" not in COMMANDS, reason="there is no command export yet")
+def test_the_wheel_exports_by_the_name_of_a_config(installed: Path, trained: Path, tmp_path: Path) -> None:
+    target = ("--checkpoint", str(trained), "--out", "net.pt2")
+    runs(installed, "export", CONFIG, "--to", "pt2", "--fixed", *target, cwd=tmp_path)
+    assert (tmp_path / "net.pt2").is_file()
 
 
 def test_editable_install_works_from_elsewhere(checkout: Path, tmp_path: Path) -> None:
