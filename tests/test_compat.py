@@ -87,7 +87,7 @@ def test_half_precision_and_mixed_maps():
     assert_close(y.float(), mamba(**inputs)[0].float(), rtol=3e-2, atol=3e-2)
 
 
-@pytest.mark.parametrize("name", ["A", "B", "C"])
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C"])
 def test_complex_is_refused(name):
     inputs = arguments((1, 2, 5, 2))
     inputs[name] = inputs[name].to(torch.complex64)

@@ -43,12 +43,12 @@ def selective_scan_fn(
         return_last_state: also return the state after the last step, (b, d, n).
 
     Raises:
-        ValueError: A, B or C is complex, or shapes and devices do not fit.
+        ValueError: a tensor is complex, or shapes and devices do not fit.
     """
-    for name, m in (("A", A), ("B", B), ("C", C)):
-        if m.is_complex():
+    for name, m in (("u", u), ("delta", delta), ("A", A), ("B", B), ("C", C), ("z", z)):
+        if m is not None and m.is_complex():
             raise ValueError(
-                f"selective_scan_fn: {name} is {m.dtype}; only real A, B and C are supported, as in every published "
+                f"selective_scan_fn: {name} is {m.dtype}; only real tensors are supported, as in every published "
                 "vision model. Use real ones, or keep mamba_ssm for this layer"
             )
     delta, B, C = (m.to(u.dtype) for m in (delta, B, C))
