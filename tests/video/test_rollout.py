@@ -62,6 +62,35 @@ def test_a_captured_step_is_for_a_gpu():
         Rollout(small(), accelerate=CapturedStep).generate(torch.zeros(1, 2, 1, 4, 4), 2)
 
 
+def test_a_captured_step_takes_what_it_is_given_and_overwrites_nothing():
+    """Around its graph, whose part is played by the step itself, written over the outputs of the capture."""
+
+    def step(frame, action, state):
+        return frame + action[:, None], (2 * state[0],)
+
+    class Graph:
+        def replay(self):
+            frame, state, action = captured.inputs
+            for held, m in zip(captured.outputs, (frame + action[:, None], 2 * state), strict=True):
+                held.copy_(m)
+
+    captured = CapturedStep(step)
+    captured.graph, captured.inputs = Graph(), [torch.zeros(2, 3), torch.zeros(4), torch.zeros(2, dtype=torch.long)]
+    captured.outputs = [torch.zeros(2, 3), torch.zeros(4)]
+    action, found = torch.tensor([1, 5]), []
+    frame, state = torch.ones(2, 3), (torch.ones(4),)
+    for _ in range(3):
+        wanted = step(frame, action, state)
+        frame, state = captured(frame, action, state)
+        assert_close((frame, state), wanted)
+        found.append((frame, state))
+    assert_close(found[0], (torch.tensor([[2.0] * 3, [6.0] * 3]), (torch.full((4,), 2.0),)))
+    with pytest.raises(ValueError, match="captured for tensors"):
+        captured(frame[:1], action[:1], state)
+    with pytest.raises(ValueError, match="captured for tensors"):
+        captured(frame, None, state)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_a_captured_step_generates_the_same():
     model = small(actions=2).cuda()

@@ -17,7 +17,7 @@ class CapturedStep:
         step: the step; without gradients. A compiled one is compiled before it is captured.
 
     Raises:
-        ValueError: tensors are not on a GPU, or are not those of the first call in shape or dtype.
+        ValueError: tensors are not on a GPU, or are not as those of the first call in shape, dtype and device.
     """
 
     def __init__(self, step: Step) -> None:
@@ -27,10 +27,8 @@ class CapturedStep:
     @torch.no_grad()
     def __call__(self, frame: Tensor, action: Tensor | None, state: State) -> tuple[Tensor, State]:
         given = [frame, *state] if action is None else [frame, *state, action]
-        if not all(m.is_cuda for m in given):
-            raise ValueError("a CUDA graph needs all tensors on a GPU; move model and clip there, or use torch.compile")
         graph = self.graph or self._capture(given, len(state))
-        wanted, got = ([(tuple(m.shape), m.dtype) for m in held] for held in (self.inputs, given))
+        wanted, got = ([(tuple(m.shape), m.dtype, m.device.type) for m in held] for held in (self.inputs, given))
         if wanted != got:
             raise ValueError(f"captured for tensors {wanted}; got {got}. Capture another step for them")
         torch._foreach_copy_(self.inputs, given)
@@ -40,6 +38,8 @@ class CapturedStep:
         return prediction, tuple(after)
 
     def _capture(self, given: list[Tensor], states: int) -> torch.cuda.CUDAGraph:
+        if not all(m.is_cuda for m in given):
+            raise ValueError("a CUDA graph needs all tensors on a GPU; move model and clip there, or use torch.compile")
         self.inputs = [m.clone() for m in given]
         frame, state, rest = self.inputs[0], tuple(self.inputs[1 : states + 1]), self.inputs[states + 1 :]
         action = rest[0] if rest else None
