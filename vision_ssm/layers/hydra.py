@@ -132,14 +132,17 @@ class Hydra(nn.Module):
         """What is convolved, (b, l, e + 4 g n), and Δ before softplus, (b, l, 2 h), to mixed heads, (b, l, h, p)."""
         inner, size = self.widths[0], self.groups * self.state
         x, maps = convolved.split([inner, 4 * size], dim=-1)
-        B, C, B_back, C_back = maps.unflatten(-1, (4, self.groups, self.state)).unbind(2)
+        # The convolution leaves tokens innermost. The scans take them as a list, and would copy x once for each.
+        x = x.contiguous()
+        B, C, B_back, C_back = [m.contiguous() for m in maps.unflatten(-1, (4, self.groups, self.state)).unbind(2)]
         diagonal = self.diagonal(x) + self.D
         x = x.unflatten(-1, (-1, self.head_dim))
         A = -torch.exp(self.A_log)
-        steps = F.softplus(dt.unflatten(-1, (2, -1)) + self.dt_bias)  # in the bias's dtype or wider: Δ stays precise
+        # In the bias's dtype or wider: Δ stays precise.
+        steps, steps_back = [F.softplus(m + self.dt_bias) for m in dt.chunk(2, dim=-1)]
         state = None if self.initial_state is None else self.initial_state.expand(x.shape[0], -1, -1, -1)
-        ahead = _scan(x, steps[..., 0, :], A, B, C, state, False)
-        back = _scan(x, steps[..., 1, :], A, B_back, C_back, state, True)
+        ahead = _scan(x, steps, A, B, C, state, False)
+        back = _scan(x, steps_back, A, B_back, C_back, state, True)
         return self.combine(ahead, back, diagonal[..., None] * x)
 
 
