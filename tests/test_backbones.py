@@ -38,6 +38,21 @@ def test_any_input_size(name, size):
     assert model(torch.randn(1, 1, *size)).isfinite().all()
 
 
+@pytest.mark.parametrize("options", [{}, {"features_only": True}], ids=["classifier", "pyramid"])
+@pytest.mark.parametrize("name", SMALLEST)
+def test_an_image_that_does_not_fit_is_named(name, options):
+    model = create(name, in_chans=2, **options)
+    for image in (
+        torch.randn(1, 3, 32, 32),
+        torch.randn(2, 32, 32),
+        torch.randn(0, 2, 32, 32),
+        torch.randn(1, 2, 0, 32),
+        torch.randn(1, 2, 32, 32).double(),
+    ):
+        with pytest.raises(ValueError, match=r"image (must have shape \(batch, 2, height, width\)|is torch\.float64)"):
+            model(image)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("name", ["test_vmamba", "test_vim"])
 def test_another_mixer_is_one_argument(name, mixer):

@@ -37,6 +37,11 @@ def test_every_parameter_is_trained(backbone):
     assert [name for name, parameter in net.named_parameters() if parameter.grad is None] == []
 
 
+def test_no_map_to_decode_is_refused():
+    with pytest.raises(ValueError, match="out_indices must name at least one map"):
+        unet(out_indices=[])
+
+
 def test_deep_supervision_predicts_every_level_in_training_only():
     net = unet(deep_supervision=True)
     image = torch.randn(1, 2, 33, 50)

@@ -21,6 +21,7 @@ from vision_ssm.layers.channel_mixer import PerCell
 from vision_ssm.model_zoo.checkpoints import to_ours
 
 from .build import build
+from .image import ImageConv2d
 
 __all__ = [
     "ConvStage",
@@ -40,7 +41,7 @@ norm2d = partial(LayerNorm2d, eps=1e-5)
 
 def patch_stem(in_chans: int, dim: int) -> nn.Module:
     """Patches of 4 x 4; rows and columns that do not fill a patch are dropped."""
-    return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4), norm2d(dim))
+    return nn.Sequential(ImageConv2d(in_chans, dim, 4, stride=4), norm2d(dim))
 
 
 class PatchMerging2d(nn.Module):

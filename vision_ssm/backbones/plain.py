@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from vision_ssm.model_zoo.checkpoints import to_ours
 
+from .image import ImageConv2d
+
 __all__ = ["Plain"]
 
 
@@ -57,7 +59,7 @@ class Plain(nn.Module):
         self.feature_info = [{"num_chs": dim, "reduction": stride, "module": f"blocks.{i}"} for i in range(len(blocks))]
         self.grad_checkpointing = False
         self.global_pool = self._pooling(global_pool)
-        self.patch_embed = nn.Conv2d(in_chans, dim, patch_size, stride=stride)
+        self.patch_embed = ImageConv2d(in_chans, dim, patch_size, stride=stride)
         self.blocks = nn.Sequential(*blocks)
         self.norm = norm
         self.head_drop = nn.Dropout(drop_rate)

@@ -25,6 +25,7 @@ from vision_ssm.layers.mixers import Mixer
 from vision_ssm.model_zoo.converters import vmamba as upstream
 
 from .hierarchy import Hierarchy, PatchMerging2d, Stage, build_hierarchy, drop_path_rates, norm2d, patch_stem
+from .image import ImageConv2d
 
 __all__ = ["VMamba"]
 
@@ -32,7 +33,7 @@ __all__ = ["VMamba"]
 def conv_stem(in_chans: int, dim: int) -> nn.Module:
     """v2: two convolutions of stride 2; (b, 3, h, w) -> (b, c, ceil(h / 4), ceil(w / 4))."""
     return nn.Sequential(
-        nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1),
+        ImageConv2d(in_chans, dim // 2, 3, stride=2, padding=1),
         norm2d(dim // 2),
         nn.GELU(),
         nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),

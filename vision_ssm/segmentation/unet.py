@@ -68,6 +68,8 @@ class SSMUNet(nn.Module):
     ) -> None:
         super().__init__()
         if out_indices is not None:
+            if not out_indices:
+                raise ValueError("out_indices must name at least one map of the backbone; leave it out for all maps")
             backbone_arguments["out_indices"] = tuple(out_indices)
         self.encoder = create_encoder(backbone, spatial_dims, in_channels, **backbone_arguments)
         info: Any = self.encoder.feature_info
