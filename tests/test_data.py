@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import re
 import sys
 from itertools import islice
 from pathlib import Path
@@ -128,9 +129,10 @@ def test_voxels_that_are_no_numbers_are_refused(tmp_path, bad):
         read_volume(save(tmp_path / "bad.nii.gz", voxels))
 
 
-def test_four_dimensions_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"4 dimensions \(2, 2, 2, 3\)"):
-        read_volume(save(tmp_path / "series.nii.gz", np.zeros((2, 2, 2, 3), np.float32)))
+@pytest.mark.parametrize("shape", [(2,), (2, 4), (2, 2, 2, 3)], ids=str)
+def test_other_dimensions_are_refused(tmp_path, shape):
+    with pytest.raises(ValueError, match=re.escape(f"{len(shape)} dimensions {shape}")):
+        read_volume(save(tmp_path / "series.nii.gz", np.zeros(shape, np.float32)))
 
 
 def test_image_and_label_must_share_a_shape(pair, tmp_path):

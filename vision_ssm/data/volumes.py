@@ -81,13 +81,13 @@ def open_volume(path: Path) -> Any:
         raise ValueError(f"{path} holds voxels of {kind}; a volume has one real number in each. Save one grey channel")
     if unit := OTHER_UNITS.get(int(image.header["xyzt_units"]) % 8):
         raise ValueError(f"{path} is in {unit}; write its spacing in millimetres, and that unit, into its header")
-    spacing = (*written_spacing(image), *np.linalg.norm(image.affine[:3, :3], axis=0).tolist())
-    if not all(math.isfinite(step) and step > 0 for step in spacing):
+    written, spacing = written_spacing(image), np.linalg.norm(image.affine[:3, :3], axis=0).tolist()
+    if not all(math.isfinite(step) and step > 0 for step in (*written, *spacing)):
         raise ValueError(
-            f"{path} has a spacing of zero: pixdim {spacing[:3]} mm, affine {spacing[3:]} mm; write the true spacing "
-            "into its header"
+            f"{path} has a spacing of zero: pixdim {written} mm, affine {spacing} mm; write the true spacing into its "
+            "header"
         )
-    if abs(np.linalg.det(image.affine[:3, :3] / spacing[3:])) < FLAT:
+    if abs(np.linalg.det(image.affine[:3, :3] / spacing)) < FLAT:
         raise ValueError(
             f"{path} has its three axes in one plane: affine {image.affine.tolist()}; write the true directions into "
             "its header"
