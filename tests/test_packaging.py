@@ -182,7 +182,6 @@ def test_the_wheel_predicts_by_the_name_of_a_config(installed: Path, trained: Pa
     assert (tmp_path / "out.nii.gz").is_file()
 
 
-@pytest.mark.skipif("export" not in COMMANDS, reason="there is no command export yet")
 def test_the_wheel_exports_by_the_name_of_a_config(installed: Path, trained: Path, tmp_path: Path) -> None:
     target = ("--checkpoint", str(trained), "--out", "net.pt2")
     runs(installed, "export", CONFIG, "--to", "pt2", "--fixed", *target, cwd=tmp_path)
