@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from vision_ssm.engine.config import load_config
     from vision_ssm.engine.export import backbone, export, network
+    from vision_ssm.engine.export_table import record
 
     if "/" in args.model or args.model.endswith(".py"):
         subject = network(load_config(args.model, args.set), args.checkpoint, args.size)
@@ -35,9 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.out or Path(f"{Path(args.model).stem}{SUFFIXES[args.to]}")
     with Console(stderr=True).status(f"exporting {args.model}; a large model takes minutes"):
         done = export(subject, path, args.to, None if args.fixed else tuple(args.sides))
+    if args.record:
+        record(args.record, subject, args.to, done)
     shapes = ", ".join("x".join(map(str, shape)) for shape in done.checked)
     Console(soft_wrap=True, highlight=False, markup=False).print(
-        f"{done.path}: {done.nodes} operators, {done.path.stat().st_size / 2**20:.1f} MiB\n"
+        f"{done.path}: {done.scans} scans, {done.nodes} operators, {done.path.stat().st_size / 2**20:.1f} MiB\n"
         f"greatest difference from the model {done.error:.2g} of its largest output, on {shapes}"
     )
     return 0
@@ -59,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--fixed", action="store_true", help="for one image of one size: a smaller and faster program")
     p.add_argument("--size", type=int, nargs="+", default=(), metavar="N", help="of --fixed: height and width")
     p.add_argument("--sides", type=int, nargs=2, default=(32, 512), metavar=("LEAST", "MOST"), help="32 512 by default")
+    p.add_argument("--record", type=Path, metavar="PAGE", help="keep the figures beside a document, and in its table")
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override entries of a config")
     return p
 
