@@ -9,6 +9,7 @@ Examples:
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,17 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(out: Path, suite: str) -> None:
-    from mmengine.dist import is_main_process
     from rich.console import Console
 
     from vision_ssm.engine.benchmark import scale
-    from vision_ssm.engine.benchmark.rows import write_rows
-    from vision_ssm.engine.runner import join_group
 
-    join_group()
-    rows = scale.run(suite)
-    console = Console(highlight=False, soft_wrap=True, quiet=not is_main_process())
-    for row in write_rows(rows, out) if is_main_process() else rows:
+    # torchrun: one voice for all processes
+    console = Console(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
+    for row in scale.measure(suite, out):
         console.print(f"{row.subject} {row.case} {row.dtype}: {row.samples_per_s:.4g} samples/s")
     console.print(f"wrote {out}")
 

@@ -6,10 +6,11 @@ waits for the others.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import get_world_size
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from monai.losses import DeepSupervisionLoss, DiceCELoss
@@ -22,10 +23,10 @@ from vision_ssm.engine.tasks import Classification, Segmentation
 from vision_ssm.segmentation import SegMamba
 
 from .jobs import create
-from .rows import Row
+from .rows import Row, write_rows
 from .timing import describe, measure_steps
 
-__all__ = ["SCALES", "STEP", "ScaleJob", "efficiencies", "run"]
+__all__ = ["SCALES", "STEP", "ScaleJob", "efficiencies", "measure"]
 
 STEP = "training step"
 
@@ -127,15 +128,21 @@ SCALES: dict[str, tuple[ScaleJob, ...]] = {
 }
 
 
-def run(suite: str) -> Iterator[Row]:
-    """Rows of a suite, in every process that torchrun started; they are the same but for each one's own times.
+def measure(suite: str, out: Path) -> Iterator[Row]:
+    """Rows of a suite, in every process that torchrun started, each with its own times; the main one writes its rows.
 
     Raises:
         ValueError: there is no such suite.
+        FileExistsError: ``out`` exists.
     """
     if suite not in SCALES:
         raise ValueError(f"unknown suite {suite!r}; suites are {', '.join(SCALES)}")
     join_group()
+    rows = measured(suite)
+    return write_rows(rows, out) if is_main_process() else rows
+
+
+def measured(suite: str) -> Iterator[Row]:
     environment = describe(device())
     for job in SCALES[suite]:
         yield Row(suite=suite, environment=environment, **job.fields())
