@@ -3,18 +3,21 @@
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from vision_ssm.engine.config import build, config_names, load_config
+from vision_ssm.engine.parallel import sharded, whole
 from vision_ssm.engine.runner import build_runner
-from vision_ssm.engine.watch import NonFiniteStep, Source, WatchHook, find_source
+from vision_ssm.engine.watch import NonFiniteStep, Source, WatchHook, find_source, gradients_of
 
 TINY = str(Path(__file__).parent / "fixtures" / "tiny_unet.py")
 BLOCK = "net.encoder.stages_1.blocks.0"
@@ -230,6 +233,34 @@ def test_the_block_whose_gradient_overflows_is_named(branches: Branches, batch: 
     block, tensor = found(branches, batch)
     assert block == name
     assert tensor.startswith("gradient of ")
+
+
+def test_of_sharded_weights_the_step_is_named(branches: Branches, batch: dict[str, Any], tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        task = sharded(branches)
+        wrapper = OptimWrapper(torch.optim.SGD(task.parameters(), lr=0.1))
+        hook = WatchHook()
+        runner = SimpleNamespace(task=task, optim_wrapper=wrapper, iter=6, work_dir=str(tmp_path))
+        hook.before_train(runner)
+        hook.before_train_iter(runner, 0)
+        wrapper.update_params(task.parse_losses(task(**batch))[0])
+        before = copy.deepcopy(whole(task.state_dict()))
+        batch["x"][0, 0] = math.nan
+        with pytest.raises(NonFiniteStep, match=r"step 7: the loss \(nan\).*Parameters are sharded"):
+            wrapper.update_params(task.parse_losses(task(**batch))[0])
+        after = whole(task.state_dict())
+        assert_close(after, before, rtol=0, atol=0)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_empty_parts_of_gradients_are_left_out(branches: Branches) -> None:
+    branches.first.weight.grad = torch.ones(3, 3)
+    branches.first.bias.grad = torch.ones(3)
+    branches.norm.weight = nn.Parameter(torch.empty(0))
+    branches.norm.weight.grad = torch.empty(0)
+    assert [gradient.numel() for gradient in gradients_of(branches)] == [9, 3]
 
 
 def test_a_source_reads_as_a_sentence() -> None:
