@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
@@ -26,7 +27,7 @@ from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from vision_ssm.engine.checkpoint import find_checkpoint, read_checkpoint, read_state, write_atomically
 from vision_ssm.engine.config import load_config
-from vision_ssm.engine.hooks import TrainingInterrupted
+from vision_ssm.engine.hooks import TrainingInterrupted, random_state, set_random_state
 from vision_ssm.engine.runner import build_runner
 from vision_ssm.engine.train import loss_curve, train
 from vision_ssm.tools import __main__ as cli
@@ -130,6 +131,20 @@ def test_a_killed_run_goes_on_bit_for_bit(moment, killed, whole):
     train(config(), folder, console=QUIET, resume="latest")
     assert_same_run(folder, whole)
     assert not partial.exists()
+
+
+def drawn() -> list[float]:
+    return [torch.rand(()).item(), np.random.standard_normal(), random.gauss(0.0, 1.0)]
+
+
+def test_every_generator_goes_back(tmp_path):
+    """Through a file; the odd number of normal draws is part of the state."""
+    drawn()
+    torch.save(random_state(), tmp_path / "state.pth")
+    first = [drawn() for _ in range(3)]
+    assert [drawn() for _ in range(3)] != first
+    set_random_state(torch.load(tmp_path / "state.pth", weights_only=True))
+    assert [drawn() for _ in range(3)] == first
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
