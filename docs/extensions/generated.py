@@ -46,6 +46,9 @@ TARGETS = {
 PEAK_MIB = 370
 """The same for the memory of stage 1, forward and backward: five times its map."""
 
+IMAGES_PER_S, TIMES_SWIN = 8200, 2.0
+"""Compiled inference of VMamba-T on an H100, at least; and its time on a CPU in times of Swin-T's, at most."""
+
 ALONG, AGAINST = Route((0,)), Route((0,), reverse=True)
 FIGURES: dict[str, tuple[Routes, tuple[int, ...]]] = {
     "vmamba": (CROSS, (5, 6)),
@@ -158,6 +161,25 @@ def table_of_targets() -> str:
     return "\n".join(lines)
 
 
+def table_of_model_targets() -> str:
+    """Markdown: what VMamba-T as a whole was to reach, beside the measured rows."""
+    h100, cpu = (read_rows(RESULTS / f"{name}.jsonl") for name in ("h100_models", "cpu"))
+    (graphs,) = (row for row in h100 if row.subject == "vmamba_tiny" and row.run == "compiled, CUDA graphs")
+    ours, swin = (
+        next(row.timing.median_ms for row in cpu if row.subject == name and row.direction == FORWARD and row.timing)
+        for name in ("vmamba_tiny", "swin_tiny_patch4_window7_224")
+    )
+    rows = [
+        ("H100, inference of 128 images, images/s", "at least", IMAGES_PER_S, graphs.samples_per_s),
+        ("CPU, one image forward, times of Swin-T", "at most", TIMES_SWIN, ours / swin),
+    ]
+    lines = ["| VMamba-T at 224 px | target | measured | |", "|---|---|---:|---|"]
+    for what, bound, limit, measured in rows:
+        verdict = "met" if (measured >= limit) == (bound == "at least") else "missed"
+        lines.append(f"| {what} | {bound} {limit:,g} | {measured:,.{0 if limit > 100 else 2}f} | {verdict} |")
+    return "\n".join(lines)
+
+
 def table_of_rows(file: Path) -> str:
     """Markdown: measured rows as ``vision-ssm benchmark render`` shows them."""
     return render(read_rows(file))
@@ -176,6 +198,7 @@ def fragments() -> Iterator[tuple[str, Callable[[], str]]]:
     yield "models_convs5", table_of_video_models
     yield "traffic", table_of_traffic
     yield "targets", table_of_targets
+    yield "model_targets", table_of_model_targets
     yield "commands", help_of_commands
     for suite in ("h100_ops", "h100_models"):
         yield suite, partial(table_of_rows, RESULTS / f"{suite}.jsonl")
