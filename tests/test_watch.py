@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from vision_ssm.engine.config import build, config_names, load_config
 from vision_ssm.engine.parallel import sharded, whole
 from vision_ssm.engine.runner import build_runner
-from vision_ssm.engine.watch import NonFiniteStep, Source, WatchHook, find_source, gradients_of
+from vision_ssm.engine.watch import NonFiniteStep, Source, WatchHook, find_source, gradients_of, sound
 
 TINY = str(Path(__file__).parent / "fixtures" / "tiny_unet.py")
 BLOCK = "net.encoder.stages_1.blocks.0"
@@ -253,6 +253,15 @@ def test_of_sharded_weights_the_step_is_named(branches: Branches, batch: dict[st
         assert_close(after, before, rtol=0, atol=0)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf])
+def test_large_numbers_are_sound_and_others_are_not(bad: float | None, dtype: torch.dtype) -> None:
+    large = torch.full((5, 3), 0.9 * torch.finfo(dtype).max, dtype=dtype)  # whose norm overflows
+    if bad is not None:
+        large[2, 1] = bad
+    assert sound([torch.ones(4), large]) == (bad is None)
 
 
 def test_empty_parts_of_gradients_are_left_out(branches: Branches) -> None:

@@ -4,7 +4,6 @@ A step costs one reduction over the gradients and one number read back. Only aft
 backward repeated with every module watched, from the same random state.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -133,7 +132,7 @@ class WatchHook(Hook):
         self.looked = True
         wrapper = runner.optim_wrapper
         gradients = [] if hasattr(wrapper, "loss_scaler") else gradients_of(self.task)
-        bad = (~get_total_norm([self.loss.float(), *gradients], norm_type=math.inf).isfinite()).int()
+        bad = torch.tensor(int(not sound([self.loss, *gradients])), device=self.loss.device)
         all_reduce(bad, "max")  # every process takes the step, or none does
         if not bad:
             self.in_a_row = 0
@@ -303,6 +302,11 @@ def tensors(node: Any) -> Iterator[Tensor]:
 
 def finite(tensor: Tensor) -> bool:
     return bool(tensor.detach().isfinite().all())
+
+
+def sound(tensors: list[Tensor]) -> bool:
+    """Whether all numbers are finite. One norm says so at the cost of one reading; if it overflows, each is asked."""
+    return bool(get_total_norm(tensors).isfinite()) or all(finite(tensor) for tensor in tensors)
 
 
 def gradients_of(module: nn.Module) -> list[Tensor]:
