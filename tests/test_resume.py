@@ -269,6 +269,8 @@ def test_a_full_disk_is_told_and_keeps_the_checkpoint_before(tmp_path):
     assert [path.name for path in (tmp_path / "run").glob("*.pth")] == ["iter_1.pth"]
     assert not list((tmp_path / "run").glob(".partial*"))
     assert read_checkpoint(tmp_path / "run" / "iter_1.pth")["meta"]["iter"] == 1
+    with pytest.raises(ValueError, match="checkpoints are local files"):
+        runner.save_checkpoint(str(tmp_path), "iter_9.pth", backend_args={"backend": "http"})
 
 
 def test_a_disk_that_is_full_when_the_file_is_flushed(tmp_path, monkeypatch):

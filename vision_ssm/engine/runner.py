@@ -102,12 +102,12 @@ class SafeRunner(Runner):
         self,
         out_dir: str,
         filename: str,
-        file_client_args: None = None,
+        file_client_args: Mapping[str, Any] | None = None,
         save_optimizer: bool = True,
         save_param_scheduler: bool = True,
         meta: Mapping[str, Any] | None = None,
         by_epoch: bool = True,
-        backend_args: None = None,
+        backend_args: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes all that a run needs to go on; the file appears under its name when it is complete.
 
@@ -115,7 +115,10 @@ class SafeRunner(Runner):
 
         Raises:
             OSError: it cannot be written; the checkpoints before it are as they were.
+            ValueError: a storage other than local files is asked for.
         """
+        if file_client_args or backend_args:
+            raise ValueError("checkpoints are local files; leave out file_client_args and backend_args")
         send_buffers(self.task)
         checkpoint: dict[str, Any] = {
             "meta": {
