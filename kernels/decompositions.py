@@ -50,6 +50,7 @@ def longest(length: int | torch.SymInt) -> int:
     """
     if isinstance(length, int):
         return length
+    assert length.node.shape_env is not None
     upper = length.node.shape_env.bound_sympy(length.node.expr).upper
     if not upper.is_Integer:
         raise ValueError(f"a scan of unbounded length {length} has no depth; give every dynamic size a maximum")

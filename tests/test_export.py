@@ -152,7 +152,10 @@ def test_bicubic_is_that_of_pytorch(size):
     assert_close(exporting.bicubic(x, size, False), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+LARGER = {"efficient_vmamba", "vim2", "vmamba_v0"}
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow if f in LARGER else []) for f in FAMILIES])
 def test_onnx_of_every_family(family, tmp_path, record_property):
     subject = subject_of(family)
     done = export(subject, tmp_path / "model.onnx", "onnx")

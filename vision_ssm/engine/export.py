@@ -8,6 +8,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,6 +92,7 @@ def backbone(name: str, checkpoint: Path | None, sizes: Sequence[int] = (), **op
         FileNotFoundError, ValueError: unknown model, or the file is missing, damaged or of another model.
     """
     checkpoints.require_own(name)
+    net: Any  # has what timm gives every model
     if checkpoint is None:
         net = stirred(timm.create_model(name, **options))
     else:
@@ -196,6 +198,12 @@ def export(subject: Subject, path: Path, to: str, sides: tuple[int, int] | None 
     )
 
 
+def general_sizes() -> AbstractContextManager[None]:
+    """Where a program depends on a size, it is written for any, not for those of the example."""
+    config: Any = symbols  # torch makes more of the module than types tell
+    return config.patch(backed_size_oblivious=True)
+
+
 def trace(subject: Subject, sides: tuple[int, int] | None) -> ExportedProgram:
     """The program of a model, for images of one size or of all between two sides."""
     if sides is None:
@@ -205,7 +213,7 @@ def trace(subject: Subject, sides: tuple[int, int] | None) -> ExportedProgram:
     axes = len(subject.sizes)
     shapes = {0: Dim.DYNAMIC(min=1), **{axis + 2: Dim.DYNAMIC(min=low, max=high) for axis in range(axes)}}
     image = torch.zeros(2, subject.channels, *(min(max(side, low + 1), high) for side in EXAMPLE[:axes]))
-    with torch.no_grad(), symbols.patch(backed_size_oblivious=True):
+    with torch.no_grad(), general_sizes():
         return torch.export.export(subject.net, (image,), dynamic_shapes=(shapes,), strict=False)
 
 
@@ -216,7 +224,7 @@ def plain(program: ExportedProgram) -> ExportedProgram:
         ValueError: a scan has no form for more than one size.
     """
     table = {**decompositions(), torch.ops.aten._upsample_bicubic2d_aa.default: bicubic}
-    with torch.no_grad(), symbols.patch(backed_size_oblivious=True):
+    with torch.no_grad(), general_sizes():
         program = program.run_decompositions(table)
     if left := [name for name in operators(program) if name.startswith("vision_ssm")]:
         raise RuntimeError(f"there is no plain form of {', '.join(left)}; the file would need this package")
