@@ -434,7 +434,7 @@ def test_what_cannot_be_predicted_is_one_line(bands, folder, tmp_path, capsys):
     assert "holds 3 cases; give a folder" in refused(capsys, *command, folder, tmp_path / "out.nii.gz")
     assert "lies among the images" in refused(capsys, *command, folder, folder / "out")
     assert "lies among the images" in refused(capsys, *command, image, folder, "--overwrite")
-    assert "is the image itself" in refused(capsys, *command, image, image, "--overwrite")
+    assert "is the input itself" in refused(capsys, *command, image, image, "--overwrite")
     assert "must end in .nii" in refused(capsys, *command, image, tmp_path / "out.png")
     assert "cannot write to" in refused(capsys, *command, folder, bands / "out")
     assert "cannot write to /proc" in refused(capsys, *command, image, "/proc/out.nii.gz")

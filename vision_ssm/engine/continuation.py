@@ -1,8 +1,7 @@
 """Goes on with a clip: the frames that follow its beginning as a video, and a sheet of them beside the true ones."""
 # Shapes: t frames, k channels, h w a frame.
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from vision_ssm.data.video_files import index_video, read_clip
-from vision_ssm.engine.checkpoint import make_writable
+from vision_ssm.engine.clip_file import open_clip, read_array
 from vision_ssm.engine.config import config_name
 from vision_ssm.engine.evaluate import load_task
 from vision_ssm.engine.figures import save_figure
+from vision_ssm.engine.outputs import require_outputs
 from vision_ssm.engine.runner import device
 from vision_ssm.engine.video import FramePrediction, unit
 from vision_ssm.engine.video_file import ENCODINGS, write_video
@@ -25,19 +24,6 @@ from vision_ssm.engine.video_file import ENCODINGS, write_video
 __all__ = ["contact_sheet", "continue_file"]
 
 COLUMNS = 10  # of the sheet
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A clip in a file, of which only some frames are in memory.
-
-    Attributes:
-        length: how many frames it has.
-        read: some of them by their numbers, (t, k, h, w) in [-1, 1].
-    """
-
-    length: int
-    read: Callable[[range], Tensor]
 
 
 def continue_file(
@@ -72,7 +58,10 @@ def continue_file(
             context, or its frames do not fit the network; an action does not exist, or there are too few; a number of
             frames is needed. Nothing is written then.
     """
-    sheet = check_target(source, target, overwrite=overwrite)
+    if target.suffix.lower() not in ENCODINGS:
+        raise ValueError(f"output {target} must be a video that ends in {', '.join(ENCODINGS)}")
+    sheet = target.with_suffix(".png")
+    require_outputs([target, sheet], source, overwrite=overwrite)
     task = load_task(config, checkpoint)
     assert isinstance(task, FramePrediction)
     clip = open_clip(source, config, task.net.channels)
@@ -104,55 +93,6 @@ def continue_file(
     save_figure(sheet, contact_sheet(seen, truth, generated, first=context + 1))
     console.print(f"video: {target}\nsheet: {sheet}")
     return 0
-
-
-def check_target(source: Path, target: Path, *, overwrite: bool) -> Path:
-    """The path of the contact sheet of ``target``; raises, before any work is done, where they cannot be written."""
-    if target.suffix.lower() not in ENCODINGS:
-        raise ValueError(f"output {target} must be a video that ends in {', '.join(ENCODINGS)}")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {target.parent}; create it first")
-    if target.resolve() == source.resolve():
-        raise ValueError(f"output {target} is the clip itself; choose another")
-    sheet = target.with_suffix(".png")
-    if existing := [str(path) for path in (target, sheet) if path.exists() and not overwrite]:
-        raise FileExistsError(f"{' and '.join(existing)} exist; choose another output or pass --overwrite")
-    make_writable(target.parent)
-    return sheet
-
-
-def open_clip(path: Path, config: Config, channels: int) -> Clip:
-    """The clip in a video or in an array; see ``continue_file``."""
-    if path.suffix != ".npy":
-        video = index_video(path)
-        size = tuple(config.frame_size)
-        return Clip(len(video), lambda numbers: read_clip(video, numbers, channels=channels, size=size))
-    pixels = read_array(path)
-    if pixels.ndim not in (3, 4) or 0 in pixels.shape or (pixels.dtype != np.uint8 and pixels.dtype.kind != "f"):
-        raise ValueError(
-            f"{path} must hold frames (t, h, w) or (t, k, h, w), as bytes or as numbers in [-1, 1]; "
-            f"it has {pixels.dtype} {pixels.shape}"
-        )
-
-    def read(numbers: range) -> Tensor:
-        part = torch.from_numpy(np.array(pixels[numbers.start : numbers.stop]))
-        frames = part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part.float()
-        if not (frames.abs() <= 1).all():  # NaN is not
-            raise ValueError(f"{path} must have values in [-1, 1], or bytes; scale them")
-        return frames[:, None] if frames.ndim == 3 else frames
-
-    return Clip(len(pixels), read)
-
-
-def read_array(path: Path) -> np.ndarray:
-    """The array of a file, which stays on the disk."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is truncated or no array ({error}); write it with numpy.save") from error
-    return array
 
 
 def read_actions(path: Path, count: int) -> Tensor:

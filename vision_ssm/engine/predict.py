@@ -20,9 +20,20 @@ from vision_ssm.engine.cases import Case, find_cases, nifti_suffix
 from vision_ssm.engine.checkpoint import make_writable, write_atomically
 from vision_ssm.engine.evaluate import load_task
 from vision_ssm.engine.figures import overlays, save_figure, upright
+from vision_ssm.engine.outputs import require_outputs
 from vision_ssm.engine.predictor import Predictor
 
-__all__ = ["Batch", "Outputs", "label", "predict_file", "predict_folder"]
+__all__ = [
+    "COLUMNS",
+    "Batch",
+    "Outputs",
+    "label",
+    "on_grid",
+    "predict_file",
+    "predict_folder",
+    "volumes",
+    "write_volumes",
+]
 
 QFORM = ("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
 SFORM = ("sform_code", "srow_x", "srow_y", "srow_z")
@@ -135,14 +146,8 @@ def predict_file(
     """
     if nifti_suffix(target) is None:
         raise ValueError(f"output {target} must end in .nii or .nii.gz, or be a folder that exists")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {target.parent}; create it first")
     outputs = Outputs.beside(target, probabilities=probabilities)
-    if existing := [str(path) for path in (*outputs.maps(), outputs.volumes) if path.exists() and not overwrite]:
-        raise FileExistsError(f"{' and '.join(existing)} exist; choose another output or pass --overwrite")
-    if target.resolve() == source.resolve():
-        raise ValueError(f"output {target} is the image itself; choose another")
-    make_folders(target.parent, [outputs])
+    require_outputs([*outputs.maps(), outputs.volumes], source, overwrite=overwrite)
     case, *others = find_cases(source, predictor.modalities)
     if others:
         raise ValueError(f"{source} holds {len(others) + 1} cases; give a folder instead of {target} for their labels")
@@ -283,12 +288,12 @@ def volumes(case: str, labels: Any, classes: Sequence[str]) -> list[dict[str, An
     return [dict(zip(COLUMNS, (*row, f"{row[3] * millilitres:.6g}"), strict=True)) for row in numbers]
 
 
-def write_volumes(path: Path, rows: Rows) -> None:
+def write_volumes(path: Path, rows: Rows, columns: Sequence[str] = COLUMNS) -> None:
     """Writes the table whole, by case."""
 
     def write(partial: Path) -> None:
         with partial.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, COLUMNS)
+            table = csv.DictWriter(file, columns)
             table.writeheader()
             table.writerows(row for _, case in sorted(rows.items()) for row in case)
 
