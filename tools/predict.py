@@ -1,4 +1,4 @@
-"""Label volumes, or go on with a clip, as the task of the config is.
+"""Label volumes or cines, go on with a clip, or say what it shows, as the task of the config is.
 
 Volumes: IN is a .nii or .nii.gz file, the folder of one DICOM series, or a folder of such files and folders; in it,
 NAME_0000, NAME_0001, ... are channels of one case, as are the files in a folder. OUT is a .nii or .nii.gz file for one
@@ -7,13 +7,19 @@ volumes in millilitres (.csv). A folder that is half done goes on where it was; 
 
 Clips: IN is a video, or a clip in an array (.npy), (t, h, w) or (t, k, h, w). Its first frames, as many as the config's
 context, are gone on from. OUT is a video (.mp4, .gif, .mkv) of the frames that follow; beside it goes a sheet of frames
-of the context, true ones and generated ones (.png).
+of the context, true ones and generated ones (.png). If the task is to classify clips, OUT is a .json file of classes
+and their probabilities.
+
+Cines: IN is a NIfTI file of four axes, the last of them time, and OUT one of the labels of every frame. Beside it go an
+overlay of two frames (.png) and each frame's volumes in millilitres (.csv), where the largest and smallest are marked.
 
 Examples:
   vision-ssm predict medical/deep_grey_vmamba_unet runs/brain/weights.safetensors in.nii.gz out.nii.gz
   vision-ssm predict medical/deep_grey_vmamba_unet runs/brain/weights.safetensors series/ out.nii.gz --flips xy
   vision-ssm predict medical/deep_grey_vmamba_unet runs/brain/weights.safetensors cases/ labels/ --probabilities
   vision-ssm predict video/moving_digits_convs5_nano runs/digits/weights.safetensors in.mp4 out.mp4 --frames 1000
+  vision-ssm predict video/moving_digits_heading runs/heading/weights.safetensors in.mp4 classes.json
+  vision-ssm predict video/acdc_cine_unet runs/cine/weights.safetensors cine.nii.gz labels.nii.gz
 """
 
 import argparse
@@ -50,8 +56,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("config", help="path of a config, or a name under configs/ such as medical/deep_grey_vmamba_unet")
     p.add_argument("checkpoint", type=Path, help="weights (.safetensors) or a checkpoint (.pth) of that config")
-    p.add_argument("source", type=Path, metavar="IN", help="volume, DICOM series or folder of cases; or clip")
-    p.add_argument("target", type=Path, metavar="OUT", help="label map to write (.nii or .nii.gz), or folder; or video")
+    p.add_argument("source", type=Path, metavar="IN", help="volume, DICOM series or folder of cases; clip; or cine")
+    p.add_argument("target", type=Path, metavar="OUT", help="label map to write (.nii, .nii.gz), folder, video, .json")
     p.add_argument("--overwrite", action="store_true", help="replace files that exist, and label finished cases anew")
     volumes = p.add_argument_group("volumes", argument_default=argparse.SUPPRESS)
     volumes.add_argument("--probabilities", action="store_true", help="also write the probability of every class")

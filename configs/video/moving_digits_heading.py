@@ -20,6 +20,7 @@ with read_base():
 
 score = "accuracy/top1"  # shown while training
 classes = ("up-left", "up-right", "down-left", "down-right")
+frame_size = (32, 32)  # to which a video is resized and cropped to say what it shows
 
 model = dict(
     type=ClipClassification,
@@ -43,7 +44,7 @@ train_dataloader = dict(
             digits=dict(type=mnist5k, split="train"),
             clips=1_000_000,
             frames=6,
-            size=(32, 32),
+            size=frame_size,
             count=1,
             digit_size=14,
             label="heading",
@@ -57,7 +58,7 @@ val_dataloader = dict(
         digits=dict(type=mnist5k, split="test"),
         clips=256,
         frames=6,
-        size=(32, 32),
+        size=frame_size,
         count=1,
         digit_size=14,
         label="heading",

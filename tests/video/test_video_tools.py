@@ -360,4 +360,4 @@ def test_frames_that_are_not_finite_are_not_written(weights, clip, tmp_path, cap
 
 def test_other_tasks_are_named(weights, clip, tmp_path, capsys):
     digits = refused(capsys, "predict", "image/mnist_vmamba_nano", weights, clip, tmp_path / "out.mp4")
-    assert "has the task Classification, this command serves FramePrediction and Segmentation" in digits
+    assert "has the task Classification, this command serves FramePrediction, " in digits

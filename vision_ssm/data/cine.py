@@ -16,7 +16,7 @@ from vision_ssm.data.layouts import NIFTI, Part, case_folders, listing, require_
 from vision_ssm.data.video_folder import tracked
 from vision_ssm.data.volumes import check_grid, class_map, open_volume, read_volume, voxels_of
 
-__all__ = ["UNLABELLED", "CineSlices", "acdc_cines", "nifti_cines"]
+__all__ = ["UNLABELLED", "CineSlices", "acdc_cines", "check_labelled", "nifti_cines", "read_cine", "read_labels"]
 
 UNLABELLED = -1
 PERCENTILES = (1, 99)  # of a cine's intensities, which become -1 and 1
@@ -92,12 +92,18 @@ class CineSlices(Dataset[dict[str, Tensor]]):
             raise ValueError(f"{path} comes without labels; leave out classes, or the cine")
         if len(labelled) > self.frames:
             raise ValueError(f"{path} has labels of {len(labelled)} frames, a clip {self.frames} frames; take more")
-        if beyond := [number + 1 for number in labelled if not 0 <= number < total]:
-            raise ValueError(f"{path} has {total} frames, and there are labels of frame {beyond[0]}; remove them")
+        check_labelled(path, total, labelled)
         return evenly(total, self.frames, labelled)
 
     def fitted(self, voxels: np.ndarray, affine: np.ndarray, mode: str, fill: int) -> tuple[Tensor, Tensor]:
         """(x, y, z, t) -> (z, t, 1, h, w) of the right spacing and size, and the spacing of h and w (2,)."""
+        clips, spacing = self.resampled(voxels, affine, mode)
+        (more_h, more_w) = (want - have for want, have in zip(self.size, clips.shape[-2:], strict=True))
+        around = (more_w // 2, more_w - more_w // 2, more_h // 2, more_h - more_h // 2)  # what is negative is cut off
+        return F.pad(clips, around, value=fill)[:, :, None], spacing
+
+    def resampled(self, voxels: np.ndarray, affine: np.ndarray, mode: str) -> tuple[Tensor, Tensor]:
+        """(x, y, z, t) -> (z, t, h, w) of the right spacing, float32, and the spacing of h and w (2,)."""
         clips = torch.from_numpy(np.ascontiguousarray(voxels.transpose(2, 3, 0, 1), np.float32))
         spacing = torch.from_numpy(np.linalg.norm(affine[:3, :2], axis=0))
         if self.spacing is not None:
@@ -105,9 +111,7 @@ class CineSlices(Dataset[dict[str, Tensor]]):
             after = (before * spacing / self.spacing).round().clamp(min=1).long()
             clips = F.interpolate(clips, size=tuple(after.tolist()), mode=mode, antialias=mode == "bilinear")
             spacing = spacing * before / after
-        (more_h, more_w) = (want - have for want, have in zip(self.size, clips.shape[-2:], strict=True))
-        around = (more_w // 2, more_w - more_w // 2, more_h // 2, more_h - more_h // 2)  # what is negative is cut off
-        return F.pad(clips, around, value=fill)[:, :, None], spacing
+        return clips, spacing
 
 
 def acdc_cines(root: str, part: Part, fold: int = 0, folds: int = 5) -> list[dict[str, Any]]:
@@ -159,6 +163,12 @@ def read_cine(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if low >= high:
         raise ValueError(f"{path} has no contrast: most of its voxels are {low:g}; leave it out")
     return np.clip((voxels - low) / (high - low) * 2 - 1, -1, 1).astype(np.float32), image.affine
+
+
+def check_labelled(path: Path, total: int, labelled: Sequence[int]) -> None:
+    """Raises ValueError unless a cine of ``total`` frames has those that have labels."""
+    if beyond := [number + 1 for number in labelled if not 0 <= number < total]:
+        raise ValueError(f"{path} has {total} frames, and there are labels of frame {beyond[0]}; remove them")
 
 
 def read_labels(

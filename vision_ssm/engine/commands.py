@@ -7,6 +7,9 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.model import BaseModel
 
+from vision_ssm.engine.cine import label_cine, measure_cines
+from vision_ssm.engine.clip_class import classify_file
+from vision_ssm.engine.clips import CineSegmentation, ClipClassification
 from vision_ssm.engine.config import config_name, resolve
 from vision_ssm.engine.continuation import continue_file
 from vision_ssm.engine.evaluate import measure_checkpoint, measure_folder
@@ -23,6 +26,7 @@ Serving = Mapping[type[BaseModel], Callable[..., Any]]
 MEASURES: Serving = {
     FramePrediction: measure_rollouts,
     Tokenization: measure_reconstructions,
+    CineSegmentation: measure_cines,
     BaseModel: measure_checkpoint,
 }
 """Measures a checkpoint of a config."""
@@ -30,7 +34,12 @@ MEASURES: Serving = {
 COMPARISONS: Serving = {Segmentation: measure_folder}
 """Measures what is in a folder against the truth in another."""
 
-PREDICTIONS: Serving = {FramePrediction: continue_file, Segmentation: label}
+PREDICTIONS: Serving = {
+    FramePrediction: continue_file,
+    ClipClassification: classify_file,
+    CineSegmentation: label_cine,
+    Segmentation: label,
+}
 """Reads a file or folder, and writes what a checkpoint of a config makes of it."""
 
 
@@ -47,7 +56,7 @@ def call(serving: Serving, config: Config, *arguments: Any, options: Mapping[str
     task: Any = resolve(config.model["type"])
     function = next((function for served, function in serving.items() if issubclass(task, served)), None)
     if function is None:
-        served = " and ".join(kind.__name__ for kind in serving)
+        served = ", ".join(kind.__name__ for kind in serving)
         raise ValueError(
             f"config {config_name(config)} has the task {task.__name__}, this command serves {served}; take another"
         )
