@@ -18,6 +18,7 @@ from vision_ssm.engine.config import build, config_names, load_config
 from vision_ssm.engine.parallel import sharded, whole
 from vision_ssm.engine.runner import build_runner
 from vision_ssm.engine.watch import NonFiniteStep, Source, WatchHook, find_source, gradients_of, sound
+from vision_ssm.tools import __main__ as cli
 
 TINY = str(Path(__file__).parent / "fixtures" / "tiny_unet.py")
 BLOCK = "net.encoder.stages_1.blocks.0"
@@ -111,6 +112,16 @@ def test_an_overflow_is_named_and_its_batch_is_kept(tmp_path: Path, wrapper: str
         again = find_source(runner.task, content["batch"], random=content["random_state"])
     assert again is not None
     assert f"First: {again}." in message
+
+
+def test_a_rate_that_is_far_too_high_ends_the_command_by_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rate = ["--set", "param_scheduler.0.eta_max=1e30", "optim_wrapper.optimizer.lr=1e30", "train_cfg.val_interval=100"]
+    assert cli.main(["train", TINY, "--work-dir", str(tmp_path / "run"), *rate]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]  # the start of a run may log a line before
+    assert error.startswith("vision-ssm: error: step 2: the loss (nan) is not finite. First: ")
+    assert "default_hooks.watch.action=skip" in error
 
 
 @pytest.mark.parametrize("clip", [(), ("optim_wrapper.clip_grad={'max_norm': 1.0}",)], ids=["plain", "clipped"])
@@ -221,6 +232,14 @@ def test_a_bad_weight_is_named(branches: Branches, batch: dict[str, Any], name: 
 def test_the_first_block_that_overflows_is_named(branches: Branches, batch: dict[str, Any], name: str) -> None:
     branches.get_submodule(name).register_forward_hook(overflow)
     assert found(branches, batch) == (name, "output")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo reads it
+def test_the_blocks_of_a_compiled_network_are_seen(branches: Branches, batch: dict[str, Any]) -> None:
+    branches.second.compile(backend="eager")
+    branches(**batch)
+    branches.second[0].register_forward_hook(overflow)
+    assert found(branches, batch) == ("second.0", "output")
 
 
 def test_a_loss_that_overflows_by_itself_is_named(branches: Branches, batch: dict[str, Any]) -> None:
