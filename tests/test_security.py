@@ -20,6 +20,7 @@ from rich.console import Console
 from vision_ssm.engine import download as downloads
 from vision_ssm.engine import zoo
 from vision_ssm.engine.config import build, config_names, load_config
+from vision_ssm.engine.demo import ENTRANTS
 from vision_ssm.engine.download import DownloadError, cache_folder, download
 from vision_ssm.model_zoo.catalogue import cards
 from vision_ssm.tools import __main__ as cli
@@ -149,6 +150,14 @@ def test_commands_take_safe_and_say_what_a_config_is(
         cli.main([command, *subcommand, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "a config is Python and runs as code when it is read" in shown
+
+
+def test_the_quickstart_takes_safe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["quickstart", "--safe", "--work-dir", str(tmp_path / "run"), "--set", "model.net.type=os.system"]
+    assert cli.main(command) == 2
+    assert "--safe refuses model.net.type" in capsys.readouterr().err
+    for entrant in ENTRANTS:
+        load_config(entrant.config, entrant.overrides, safe=True)
 
 
 CONTENT = bytes(range(256)) * 9000  # more than two blocks

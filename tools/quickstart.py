@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vision_ssm.tools.errors import debug_option, run
+from vision_ssm.tools.errors import config_options, debug_option, run
 
 NEXT = """
 Report: {folder}/report.html   Numbers: {folder}/metrics.json
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     console = Console()
     folder = args.work_dir or unused(Path("runs/quickstart"))
-    results = run_demo(folder, console=console, overrides=args.set)
+    results = run_demo(folder, console=console, overrides=args.set, safe=args.safe)
     print_scores(console, results)
     console.print(f"Whole quickstart: {time.perf_counter() - start:.0f} s")
     console.print(NEXT.format(folder=folder, config=CONFIG), soft_wrap=True, highlight=False)
@@ -53,10 +53,9 @@ def parser() -> argparse.ArgumentParser:
         prog="vision-ssm quickstart",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[debug_option()],
+        parents=[config_options(), debug_option()],
     )
     p.add_argument("--work-dir", type=Path, help="new folder for everything; runs/quickstart by default")
-    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override entries of all three configs")
     return p
 
 

@@ -53,12 +53,15 @@ ENTRANTS = (
 )
 
 
-def run_demo(folder: Path, *, console: Console, overrides: Sequence[str] = ()) -> dict[str, TrainingResult]:
+def run_demo(
+    folder: Path, *, console: Console, overrides: Sequence[str] = (), safe: bool = False
+) -> dict[str, TrainingResult]:
     """Trains and tests every entrant, labels the whole brain with the first, and writes the report to ``folder``.
 
     Args:
         folder: new or empty.
         overrides: config entries changed for every entrant, such as ``train_cfg.max_iters=100``.
+        safe: take overrides of plain data alone.
 
     Returns:
         Results by title.
@@ -67,7 +70,9 @@ def run_demo(folder: Path, *, console: Console, overrides: Sequence[str] = ()) -
         FileExistsError, PermissionError: see ``prepare_folder``.
     """
     prepare_folder(folder)
-    configs = {entrant: load_config(entrant.config, (*entrant.overrides, *overrides)) for entrant in ENTRANTS}
+    configs = {
+        entrant: load_config(entrant.config, (*entrant.overrides, *overrides), safe=safe) for entrant in ENTRANTS
+    }
     results, tasks = {}, {}
     for entrant, config in configs.items():
         results[entrant.title], tasks[entrant.title] = train(
