@@ -18,6 +18,7 @@ from vision_ssm.engine.export import EXAMPLE, FORMATS, TOLERANCE, backbone, expo
 from vision_ssm.kernels import ROUTES, Route, cross_merge, cross_scan, decompositions, routed_scan
 from vision_ssm.kernels.routes import encode
 from vision_ssm.tools import __main__ as cli
+from vision_ssm.tools.export import KINDS
 
 # One small model of each family: its name and what makes it small.
 FAMILIES = {
@@ -167,8 +168,8 @@ def test_onnx_of_every_family(family, tmp_path, record_property):
 
 @pytest.mark.parametrize("kind", ["pt2", "torchscript"])
 def test_a_file_runs_where_the_package_is_not(kind, tmp_path):
-    subject = subject_of("vmamba")
-    done = export(subject, tmp_path / "model", kind)
+    subject = subject_of("hydra")
+    done = export(subject, tmp_path / f"model{FORMATS[kind].suffix}", kind)
     assert error_alone(kind, done.path, subject, (1, 3, 32, 40), tmp_path) < TOLERANCE
     extra = {"vision_ssm.json": ""}
     if kind == "pt2":
@@ -177,7 +178,7 @@ def test_a_file_runs_where_the_package_is_not(kind, tmp_path):
         with pytest.raises(Exception, match=r"for images of shape \[1, 3, 32, 40\]; got \[1, 3, 32, 41\]"):
             torch.jit.load(done.path, _extra_files=extra)(torch.zeros(1, 3, 32, 41))
     about = json.loads(extra["vision_ssm.json"])
-    assert about["model"] == "test_vmamba" and about["weights"] == "random" and about["classes"] == 4
+    assert about["model"] == "test_hydra" and about["weights"] == "random" and about["classes"] == 4
     assert about["input"] == {"channels": 3, "axes": 2, "sizes": [32, 40]} and len(about["mean"]) == 3
 
 
@@ -185,7 +186,7 @@ def test_a_file_runs_where_the_package_is_not(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["pt2", "onnx", "aoti"])
 def test_a_file_takes_sizes_that_were_never_seen(kind, tmp_path, record_property):
     subject = subject_of("vmamba")
-    done = export(subject, tmp_path / "model.pt2", kind, sides=(32, 100))
+    done = export(subject, tmp_path / f"model{FORMATS[kind].suffix}", kind, sides=(32, 100))
     record_property("operators and error", (done.nodes, done.error))
     assert {shape[0] for shape in done.checked} == {1, 3} and not {shape[2] for shape in done.checked} & set(EXAMPLE)
     for shape in ((1, 3, 33, 100), (5, 3, 64, 32)):
@@ -228,8 +229,8 @@ def test_a_checkpoint_is_what_is_exported(tmp_path):
 
 
 def test_a_file_that_computes_something_else_gets_no_name(tmp_path, monkeypatch):
-    write, _ = FORMATS["torchscript"]
-    monkeypatch.setitem(FORMATS, "torchscript", (write, lambda path: lambda image: torch.ones(len(image), 4)))
+    wrong = FORMATS["torchscript"]._replace(read=lambda path: lambda image: torch.ones(len(image), 4))
+    monkeypatch.setitem(FORMATS, "torchscript", wrong)
     (tmp_path / "model.ts").write_text("what was there before")
     with pytest.raises(RuntimeError, match=r"off by .* at \(1, 3, 32, 40\); nothing was written"):
         export(subject_of("hydra"), tmp_path / "model.ts", "torchscript")
@@ -241,11 +242,11 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the formats are pt2, aoti, onnx, torchscript"):
         export(subject, tmp_path / "a", "tflite")
     with pytest.raises(ValueError, match="for one size; export it with --fixed"):
-        export(subject, tmp_path / "a", "torchscript", sides=(32, 64))
+        export(subject, tmp_path / "a.ts", "torchscript", sides=(32, 64))
     for sides in ((64, 32), (0, 32)):
         with pytest.raises(ValueError, match="the least and a greater one"):
-            export(subject, tmp_path / "a", "pt2", sides=sides)
-    with pytest.raises(ValueError, match=r"writes \.pt2 files alone"):
+            export(subject, tmp_path / "a.pt2", "pt2", sides=sides)
+    with pytest.raises(ValueError, match=r"must end in \.pt2; got .*a\.so"):
         export(subject, tmp_path / "a.so", "aoti")
     with pytest.raises(ValueError, match="export the model for a fixed height and width"):
         plain(trace(subject_of("vmamba", mixer="hilbert", depths=(1,), dims=(8,)), (32, 64)))
@@ -266,6 +267,10 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main(["export", "test_hydra", *small])  # no word of weights
     assert "--random-weights" in capsys.readouterr().err
+
+
+def test_the_command_knows_every_format():
+    assert tuple(FORMATS) == KINDS
 
 
 def test_operators_of_this_package_are_gone():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vision_ssm.tools.errors import debug_option, run
 
-SUFFIXES = {"pt2": ".pt2", "aoti": ".aoti.pt2", "onnx": ".onnx", "torchscript": ".ts"}
+KINDS = ("pt2", "aoti", "onnx", "torchscript")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,14 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from vision_ssm.engine.config import load_config
-    from vision_ssm.engine.export import backbone, export, network
+    from vision_ssm.engine.export import FORMATS, backbone, export, network
     from vision_ssm.engine.export_table import record
 
     if "/" in args.model or args.model.endswith(".py"):
         subject = network(load_config(args.model, args.set), args.checkpoint, args.size)
     else:
         subject = backbone(args.model, args.checkpoint, args.size)
-    path = args.out or Path(f"{Path(args.model).stem}{SUFFIXES[args.to]}")
+    path = args.out or Path(f"{Path(args.model).stem}{FORMATS[args.to].suffix}")
     with Console(stderr=True).status(f"exporting {args.model}; a large model takes minutes"):
         done = export(subject, path, args.to, None if args.fixed else tuple(args.sides))
     if args.record:
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         parents=[debug_option()],
     )
     p.add_argument("model", metavar="MODEL", help="timm name, path of a config, or its name with a slash in it")
-    p.add_argument("--to", required=True, choices=SUFFIXES, help="format of the file")
+    p.add_argument("--to", required=True, choices=KINDS, help="format of the file")
     weights = p.add_mutually_exclusive_group(required=True)
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights (.safetensors) or a checkpoint")
     weights.add_argument("--random-weights", action="store_true", help="a file to try out, which knows nothing")

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -159,7 +159,8 @@ def export(subject: Subject, path: Path, to: str, sides: tuple[int, int] | None 
             ``subject.sizes``.
 
     Raises:
-        ValueError: unknown format, sides that are none, or a format or model that takes one size only.
+        ValueError: unknown format, a file that ends otherwise, sides that are none, or a format or model that takes one
+            size only.
         RuntimeError: the file does not compute what the model does.
         ImportError: a library that the format needs is not installed.
     """
@@ -169,15 +170,15 @@ def export(subject: Subject, path: Path, to: str, sides: tuple[int, int] | None 
         raise ValueError("a trace of TorchScript is for one size; export it with --fixed, or to pt2, aoti or onnx")
     if sides is not None and not 0 < sides[0] < sides[1]:
         raise ValueError(f"sides must be two, the least and a greater one; got {sides}")
-    if to == "aoti" and path.suffix != ".pt2":
-        raise ValueError(f"AOTInductor writes .pt2 files alone; got {path}")
+    suffix, write, read = FORMATS[to]
+    if path.suffix != suffix:
+        raise ValueError(f"a file of the format {to} must end in {suffix}; got {path}")
     make_writable(path.parent)
     traced = trace(subject, sides)
     program = plain(traced)
     if sides is not None:
         _allow(program, sides)
     shapes = tuple(unseen(subject, sides))
-    write, read = FORMATS[to]
     errors: list[float] = []
 
     def fill(partial: Path) -> None:
@@ -373,13 +374,17 @@ def _require(*modules: str) -> None:
         raise ImportError(f"{', '.join(missing)} not installed; pip install 'vision-ssm[export]'")
 
 
-Write = Callable[[ExportedProgram, str, Path], None]
-Read = Callable[[Path], Callable[[Tensor], Tensor]]
+class Format(NamedTuple):
+    """How a file ends, how it is written and how it is read back."""
 
-FORMATS: dict[str, tuple[Write, Read]] = {
-    "pt2": (_write_pt2, _read_pt2),
-    "aoti": (_write_aoti, _read_aoti),
-    "onnx": (_write_onnx, _read_onnx),
-    "torchscript": (_write_torchscript, _read_torchscript),
+    suffix: str
+    write: Callable[[ExportedProgram, str, Path], None]
+    read: Callable[[Path], Callable[[Tensor], Tensor]]
+
+
+FORMATS = {
+    "pt2": Format(".pt2", _write_pt2, _read_pt2),
+    "aoti": Format(".pt2", _write_aoti, _read_aoti),
+    "onnx": Format(".onnx", _write_onnx, _read_onnx),
+    "torchscript": Format(".ts", _write_torchscript, _read_torchscript),
 }
-"""How each format is written and read back."""
