@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .checks import compute_dtype
+from .pairs import multiply
 from .routes import Route, decode
-from .ssd_scan.chunked import _STEPS as CHUNK
-from .ssd_scan.chunked import _chunks
+from .ssd_scan.chunked import STEPS, in_chunks
 
 __all__ = ["decompositions"]
 
@@ -229,14 +229,14 @@ def ssd_scan(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`vision_ssm.kernels.ssd_scan.op.ssd_scan`: matrix products in chunks, a scan over the chunks."""
     dtype, length = compute_dtype(x, A, initial_state), x.shape[1]
-    steps = min(CHUNK, longest(length))
+    steps = min(STEPS, longest(length))
 
     def chunks(m: Tensor) -> Tensor:
         """(b, l, ...) in the order of the scan, in chunks: (b, m, q, ...)."""
         m = m.to(dtype).flip(1) if reverse else m.to(dtype)
         return _cut(m.transpose(0, 1), steps).movedim(2, 0)
 
-    k = _chunks(chunks(x), chunks(dt), A.to(dtype), chunks(B), chunks(C), False)
+    k = in_chunks(chunks(x), chunks(dt), A.to(dtype), chunks(B), chunks(C), False)
     leaving = torch.einsum("bcqh,bcqhp,bcqhn->cbhpn", k.leave, k.u, k.B)
     whole = k.whole.transpose(0, 1)[..., None, None]
     initial = torch.zeros_like(leaving[0]) if initial_state is None else initial_state.to(dtype)
@@ -248,17 +248,11 @@ def ssd_scan(
     return (y.flip(1) if reverse else y).to(x.dtype).contiguous(), states[-1].clone()
 
 
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    """Product of complex numbers, as pairs in the last axis."""
-    (a_re, a_im), (b_re, b_im) = a.unbind(-1), b.unbind(-1)
-    return torch.stack([a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re], dim=-1)
-
-
 def linear_scan(
     a: Tensor, b: Tensor, initial_state: Tensor | None, resets: Tensor | None, pairs: bool
 ) -> tuple[Tensor, Tensor]:
     """See :func:`vision_ssm.kernels.linear_scan.op.linear_scan`."""
-    dtype, times = compute_dtype(a, b, initial_state), _times if pairs else torch.mul
+    dtype, times = compute_dtype(a, b, initial_state), multiply if pairs else torch.mul
     decay, entering = a.to(dtype), b.to(dtype)
     decay = decay.view(*[1] * (b.dim() - a.dim()), *a.shape).expand(b.shape[0], *[-1] * (b.dim() - 1))
     if resets is not None:

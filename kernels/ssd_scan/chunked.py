@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..checks import compute_dtype
 
-_STEPS = 64
+STEPS = 64  # of a chunk
 
 
-class _Chunks(NamedTuple):
+class Chunks(NamedTuple):
     """The inputs in chunks and what both directions of differentiation need of them.
 
     Attributes:
@@ -41,7 +41,8 @@ class _Chunks(NamedTuple):
     whole: Tensor
 
 
-def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool) -> _Chunks:
+def in_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool) -> Chunks:
+    """What the chunks are, from inputs in them: x (b, c, q, h, p), dt (b, c, q, h), A (h,), B, C (b, c, q, g, n)."""
     heads = x.shape[3]
     exponents = dt * A
     after, before = _running(exponents, 2, back=True), _running(exponents, 2, back=False)
@@ -51,7 +52,7 @@ def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: boo
     seen = seen.triu() if reverse else seen.tril()
     passed = seen & ~torch.eye(len(seen), dtype=torch.bool, device=x.device)
     between = _running(lines.masked_fill(~passed, 0.0), 3, back=reverse)
-    return _Chunks(
+    return Chunks(
         u=x * dt[..., None],
         B=B.repeat_interleave(heads // B.shape[3], dim=3),
         C=C.repeat_interleave(heads // C.shape[3], dim=3),
@@ -75,7 +76,7 @@ def _shifted(m: Tensor, *, back: bool) -> Tensor:
 def _cut(m: Tensor, dtype: torch.dtype) -> Tensor:
     """(b, l, ...) in chunks, (b, c, q, ...); zeros fill the last, which neither decay nor add to a state."""
     length = m.shape[1]
-    steps = min(_STEPS, length)
+    steps = min(STEPS, length)
     m = F.pad(m.to(dtype), (0, 0) * (m.dim() - 2) + (0, -length % steps))
     return m.unflatten(1, (-1, steps))
 
@@ -88,7 +89,7 @@ def _order(chunks: int, reverse: bool) -> list[int]:
     return list(range(chunks))[:: -1 if reverse else 1]
 
 
-def _states(k: _Chunks, initial_state: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+def _states(k: Chunks, initial_state: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
     """The state that enters each chunk, (b, c, h, p, n), and the last one."""
     leaving = torch.einsum("bcqh,bcqhp,bcqhn->bchpn", k.leave, k.u, k.B)
     state = torch.zeros_like(leaving[:, 0]) if initial_state is None else initial_state
@@ -104,7 +105,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`vision_ssm.kernels.ssd_scan.op.ssd_scan`."""
     dtype = compute_dtype(x, A, initial_state)
-    k = _chunks(_cut(x, dtype), _cut(dt, dtype), A.to(dtype), _cut(B, dtype), _cut(C, dtype), reverse)
+    k = in_chunks(_cut(x, dtype), _cut(dt, dtype), A.to(dtype), _cut(B, dtype), _cut(C, dtype), reverse)
     initial = None if initial_state is None else initial_state.to(dtype)
     entering, last = _states(k, initial, reverse)
     mixed = torch.einsum("bcthn,bcshn->bchts", k.C, k.B) * k.reach
@@ -129,7 +130,7 @@ def backward(
     length, groups = x.shape[1], B.shape[2]
     dy, x, dt, B, C = (_cut(m, dtype) for m in (dy, x, dt, B, C))
     A = A.to(dtype)
-    k = _chunks(x, dt, A, B, C, reverse)
+    k = in_chunks(x, dt, A, B, C, reverse)
     entering, _ = _states(k, None if initial_state is None else initial_state.to(dtype), reverse)
 
     # states: what each chunk's outputs ask of the one that enters it, and what the chunks after it ask

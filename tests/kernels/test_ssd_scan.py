@@ -152,7 +152,7 @@ def test_any_shape_and_any_chunk(batch, length, groups, per_group, width, state,
     inputs = make_inputs(Case(batch, length, groups * per_group, width, state, groups), torch.float64, "cpu")
     want = run(ssd_scan_ref, inputs, reverse)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "_STEPS", steps)
+        patch.setattr(chunked, "STEPS", steps)
         have = run(ssd_scan, inputs, reverse)
     for key in want:
         assert_close(have[key], want[key], **EXACT)

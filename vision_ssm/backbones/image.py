@@ -22,6 +22,7 @@ class ImageConv2d(nn.Conv2d):
 
     @torch.jit.ignore
     def check(self, image: Tensor) -> None:
+        """Raises ValueError unless the image (b, k, h, w) is one that this convolution reads."""
         padding = (0, 0) if isinstance(self.padding, str) else self.padding
         rows, columns = (max(size - 2 * pad, 1) for size, pad in zip(self.kernel_size, padding, strict=True))
         shape = tuple(image.shape)

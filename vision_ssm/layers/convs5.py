@@ -21,6 +21,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from vision_ssm.kernels import linear_scan
+from vision_ssm.kernels.pairs import multiply
 
 EPS = 1e-6  # of every norm
 LARGEST_REAL = -1e-4  # of an eigenvalue, where they are clipped
@@ -54,12 +55,6 @@ def hippo_legs(state: int, blocks: int = 1) -> tuple[Tensor, Tensor]:
     kept = size // 2
     values = torch.complex(torch.full_like(frequency[:kept], -0.5), frequency[:kept])
     return values.repeat(blocks), torch.block_diag(*[vectors[:, :kept]] * blocks)
-
-
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    """Product of complex tensors, as pairs."""
-    (a_re, a_im), (b_re, b_im) = a.unbind(-1), b.unbind(-1)
-    return torch.stack([a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re], dim=-1)
 
 
 def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
@@ -141,7 +136,7 @@ class ConvSSM(nn.Module):
         moved_re = torch.expm1(re * step) * angle.cos() - 2 * torch.sin(angle / 2) ** 2
         moved = torch.stack([moved_re, decay[:, 1]], dim=-1)
         inverse = torch.stack([re, -im], dim=-1) / (re**2 + im**2)[:, None]
-        kernel = _times(_times(moved, inverse)[:, None, None, None], self.B.to(wide))
+        kernel = multiply(multiply(moved, inverse)[:, None, None, None], self.B.to(wide))
         return decay, kernel.movedim(-1, 1).flatten(0, 1)
 
     def readout(self) -> Tensor:

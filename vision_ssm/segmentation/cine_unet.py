@@ -9,6 +9,8 @@ from vision_ssm.layers.convs5 import State
 from vision_ssm.segmentation.unet import SSMUNet
 from vision_ssm.video.mixers import TemporalMixer, temporal_mixer
 
+__all__ = ["CineUNet"]
+
 
 class CineUNet(nn.Module):
     """Segments each frame of a film, by that frame and those before.
