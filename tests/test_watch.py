@@ -1,23 +1,30 @@
 """Numbers that cease to be finite are named by block, tensor and step, and never reach the weights."""
 
 import copy
+import json
 import math
+import os
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
+from monai.data import MetaTensor
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from vision_ssm.engine.config import build, config_names, load_config
 from vision_ssm.engine.parallel import sharded, whole
 from vision_ssm.engine.runner import build_runner
-from vision_ssm.engine.watch import NonFiniteStep, Source, WatchHook, find_source, gradients_of, sound
+from vision_ssm.engine.watch import NonFiniteStep, Source, WatchHook, find_source, gradients_of, plain, sound
 from vision_ssm.tools import __main__ as cli
 
 TINY = str(Path(__file__).parent / "fixtures" / "tiny_unet.py")
@@ -252,6 +259,30 @@ def test_the_block_whose_gradient_overflows_is_named(branches: Branches, batch: 
     block, tensor = found(branches, batch)
     assert block == name
     assert tensor.startswith("gradient of ")
+
+
+@pytest.mark.slow
+def test_processes_skip_together_and_each_says_what_it_saw(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    script = Path(__file__).parent / "fixtures" / "watched_process.py"
+    command = [sys.executable, str(script)]
+    run = partial(subprocess.Popen, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    both = [run([*command, str(rank), str(tmp_path / "meeting"), str(tmp_path / "run")]) for rank in range(2)]
+    first, second = (json.loads(process.communicate(timeout=120)[0])["weights"] for process in both)
+    assert first == second
+    assert first[1] == first[0] != first[2]
+    kept = {path.name: torch.load(path, weights_only=True) for path in (tmp_path / "run" / "nonfinite").iterdir()}
+    assert "Repeated in this process, the step is finite." in kept["step_2.pth"]["report"]
+    assert "First: x of batch, float32." in kept["step_2_rank_1.pth"]["report"]
+
+
+def test_what_is_kept_is_plain() -> None:
+    given = {1: MetaTensor(torch.ones(2)), "a": [np.arange(3), (True, None, 2.5)], "path": Path("x")}
+    kept = plain(given)
+    assert type(kept["1"]) is Tensor
+    assert torch.equal(kept["a"][0], torch.arange(3))
+    assert kept["a"][1] == [True, None, 2.5]
+    assert kept["path"] == "x"
 
 
 def test_of_sharded_weights_the_step_is_named(branches: Branches, batch: dict[str, Any], tmp_path: Path) -> None:
