@@ -68,6 +68,9 @@ def test_an_unknown_config_lists_the_choices():
         ("train_dataloader.batchsize=3", "unknown key 'batchsize' in train_dataloader; did you mean 'batch_size'"),
         ("model.augment.0.mirrow=1", "unknown key 'mirrow' in model.augment.0; did you mean 'mirror'"),
         ("model.augment.9.mirror=1", "unknown key '9'"),
+        ("model.augment.9=1", "unknown key '9'"),
+        ("model.augment.mirror=1", "unknown key 'mirror'"),
+        ("score.mean=1", "unknown key 'mean'"),
         ("optim_wrapper.optimizer.wieght_decay=0", "did you mean 'weight_decay'"),
     ],
 )

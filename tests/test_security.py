@@ -117,6 +117,8 @@ def test_a_file_with_the_name_of_a_config_does_not_stand_in_for_it(trap: Path) -
         ("model.net.__class__=5", "the key '__class__' could bring code"),
         ("train-cfg.max_iters=5", "the key 'train-cfg' could bring code"),
         ("max_iters", "is not KEY=VALUE"),
+        ("model.augment.9=1", "unknown key '9'"),
+        ("model.augment.mirror=1", "unknown key 'mirror'"),
         ("train_cfg.max_itres=3", "nor an argument that is known by name"),
     ],
 )

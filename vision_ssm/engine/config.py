@@ -121,13 +121,14 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 def check_parent(config: Config, key: str) -> None:
-    """Raises ValueError unless every entry on the way to an overridden key exists."""
+    """Raises ValueError unless all entries on the way to an overridden key exist, and the last one if it is an item."""
     node: Any = settings(config)
-    for part in key.split(".")[:-1]:
+    parts = key.split(".")
+    for position, part in enumerate(parts, start=1):
         if isinstance(node, (list, tuple)) and part.isdecimal() and int(part) < len(node):
             node = node[int(part)]
-        elif isinstance(node, Mapping) and part in node:
-            node = node[part]
+        elif isinstance(node, Mapping) and (part in node or position == len(parts)):
+            node = node.get(part)
         else:
             known = node if isinstance(node, Mapping) else range(len(node)) if isinstance(node, (list, tuple)) else ()
             raise unknown_key(part, f"override {key!r}", [str(name) for name in known])
