@@ -51,6 +51,7 @@ SMALL = {
 ELSEWHERE = {
     "make ": "CI runs the targets lint, docs and test; dev installs; demo is the command quickstart",
     "vision-ssm quickstart": "tests/test_tools.py runs it, and the commands that it prints",
+    "vision-ssm train video/acdc_cine_unet": "tests/video/test_cine.py takes a step of it on files that it makes",
     "vision-ssm train video/folder_convs5": "tests/video/test_video_tools.py trains it on videos that it writes",
     "vision-ssm train video/moving_digits_vq_nano": "tests/video/test_video_codes.py trains both, made small",
     "vision-ssm train video/moving_digits_codes_nano": "as above",
