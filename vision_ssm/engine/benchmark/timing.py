@@ -25,6 +25,8 @@ _SOURCE = Path(__file__)
 
 def measure(work: Mapping[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, Timing]:
     """Times several pieces of work in turns, each for about ``seconds`` in all, after warming up."""
+    if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()  # those of earlier work, 32 MiB for every stream
     peaks = {name: _peak_mib(run, device) for name, run in work.items()}
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(_ROUNDS):
