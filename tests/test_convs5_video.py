@@ -226,7 +226,14 @@ def test_bad_input_is_refused():
         model.generate(clip, 1, state=small(state=6)(clip)[1])
     with pytest.raises(ValueError, match="as many widths"):
         small(encoder=(32,))
-    with pytest.raises(ValueError, match="multiples of 32"):
-        small(encoder=(32, 40))
-    with pytest.raises(ValueError, match="groups must divide dim"):
-        convs5_stack(4, state=4, groups=3)
+    for batch, height, width in ((1, 4, 4), (2, 8, 4), (2, 2, 8)):
+        with pytest.raises(ValueError, match="state must have shape"):
+            model.generate(torch.zeros(batch, 3, 1, height, width), 1, state=model(clip)[1])
+    with pytest.raises(ValueError, match=r"numbers from -1 to 1; got torch\.uint8"):
+        model(clip.to(torch.uint8))
+    for widths in ((32, 40), (32, 0)):
+        with pytest.raises(ValueError, match="multiples of 32"):
+            small(encoder=widths)
+    for groups in (3, 0):
+        with pytest.raises(ValueError, match="groups must divide dim"):
+            convs5_stack(4, state=4, groups=groups)

@@ -54,7 +54,7 @@ def test_the_cache_changes_nothing():
     context = torch.rand(1, 2, 1, 8, 8, dtype=torch.float64)
     (frames, keys), (again, seen) = (model.generate(context, 4) for model in models)
     assert_close(frames, again)
-    assert keys[0].shape == (2, 1, 2, 5 * 4, 4) and seen[0].shape == (5, 1, 4, 4, 4)
+    assert keys[0].shape == (2, 1, 2, 5, 2, 2, 4) and seen[0].shape == (5, 1, 4, 4, 4)
 
 
 def test_patches_and_frames_have_places():
@@ -113,6 +113,10 @@ def test_bad_input_is_refused():
             stack(u[..., :3])
         with pytest.raises(ValueError, match="state"):
             stack(u, stack(u[:, :1])[1])
+        with pytest.raises(ValueError, match="state"):
+            stack(u, stack(u[:, :, :2])[1])
+        with pytest.raises(ValueError, match="state"):
+            stack(u, stack(u.transpose(2, 3))[1])  # maps of as many places
     with pytest.raises(ValueError, match="2 tensors"):
         cached(u, FrameTransformer(4, width=12, heads=2, layers=2, patch=2)(u)[1])
     with pytest.raises(ValueError, match="no resets"):
@@ -121,5 +125,11 @@ def test_bad_input_is_refused():
         cached(u[:, :, :3])
     with pytest.raises(ValueError, match="multiple of 4 and of heads"):
         FrameTransformer(4, width=10)
-    with pytest.raises(ValueError, match="kernel must be odd"):
-        ConvLSTM(4, kernel=2)
+    for name in ("dim", "width", "heads", "layers", "patch"):
+        with pytest.raises(ValueError, match=f"must be at least 1; got .*{name}=0"):
+            FrameTransformer(**{"dim": 4, "width": 8, "heads": 2, name: 0})
+    for kernel in (2, -1):
+        with pytest.raises(ValueError, match="kernel must be odd"):
+            ConvLSTM(4, kernel=kernel)
+    with pytest.raises(ValueError, match="dim must be at least 1"):
+        ConvLSTM(0)

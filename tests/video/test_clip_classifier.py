@@ -83,6 +83,10 @@ def test_bad_input_is_refused():
     model, video = classifier(), torch.zeros(1, 2, 1, 32, 32)
     with pytest.raises(ValueError, match="unknown mixer 'convs6'; mixers are convs5, conv_lstm, identity"):
         classifier(mixer="convs6")
+    with pytest.raises(ValueError, match="has no map of out_index 9"):
+        classifier(out_index=9)
+    with pytest.raises(ValueError, match="must be at least 1; got in_channels=1, classes=0"):
+        classifier(classes=0)
     with pytest.raises(ValueError, match=r"video must be \(clips, frames, 1, height, width\) and not empty"):
         model(video[:, :0])
     for wrong in (video[:, 0], video.expand(-1, -1, 3, -1, -1)):

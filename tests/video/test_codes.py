@@ -386,6 +386,8 @@ def test_bad_video_is_refused():
         video.generate(clip[..., :3], 1)
     with pytest.raises(ValueError, match="or the state of an earlier stream"):
         video.stream()
+    with pytest.raises(ValueError, match="or the state of an earlier stream"):
+        video.stream(state=())
     with pytest.raises(ValueError, match="must begin with the codes of a frame"):
         video.generate(clip, 1, state=video(clip)[1])
     with pytest.raises(ValueError, match="must begin with the codes of a frame"):

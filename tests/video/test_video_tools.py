@@ -308,10 +308,12 @@ def test_predict_takes_actions(clip, tmp_path, capsys):
     assert (tmp_path / "out.mkv").read_bytes() != first
 
     again = [*command, "--overwrite", "--actions", tmp_path / "actions.npy"]
+    np.save(tmp_path / "actions.npy", np.full(7, 2**64 - 1, np.uint64))  # which is -1 in 64 bits
+    assert "an integer, int64 or narrower" in refused(capsys, *again)
     np.save(tmp_path / "actions.npy", np.array([0, 1, 2, 0, 1, 2, 3]))
     assert "actions go from 0 to 2, or -1 for unknown; got 0 to 3" in refused(capsys, *again)
     np.save(tmp_path / "actions.npy", np.array([0, 1, 2, 0]))
-    assert "an integer for each of 7 frames, context included; it has int64 (4,)" in refused(capsys, *again)
+    assert "for each of 7 frames, context included; it has int64 (4,)" in refused(capsys, *again)
 
 
 def test_bad_clips_are_one_line_and_leave_nothing(weights, clip, tmp_path, capsys):
@@ -331,8 +333,23 @@ def test_bad_clips_are_one_line_and_leave_nothing(weights, clip, tmp_path, capsy
     assert "no such video" in fails(tmp_path / "absent.mp4")
     (tmp_path / "text.mp4").write_text("no video")
     assert "text.mp4 is no video" in fails(tmp_path / "text.mp4")
+    write_video(tmp_path / "short.mkv", torch.zeros(1, 1, 16, 16), 5)
+    assert "has 1 frames, the context of tiny_video is 3" in fails(tmp_path / "short.mkv")
+    for size in (0, 16, "wide", (16, 0), (16, 16, 16), (8.5, 16)):
+        assert "must state frame_size" in fails(tmp_path / "short.mkv", "--set", f"frame_size={size}")
     (tmp_path / "text.npy").write_text("no array")
     assert "truncated or no array" in fails(tmp_path / "text.npy")
+    whole = clip.read_bytes()
+    for damaged in (
+        b"",
+        whole[:7],
+        whole[:40],
+        whole[:-1],
+        b"PK\x03\x04" + whole,
+        whole[:10] + b"{'descr': (" + whole[21:],
+    ):
+        (tmp_path / "text.npy").write_bytes(damaged)
+        assert "text.npy is truncated or no array" in fails(tmp_path / "text.npy")
     assert "has 2 frames, the context of tiny_video is 3" in fails(array(np.zeros((2, 16, 16), np.uint8)))
     assert "give --frames N" in fails(array(np.zeros((3, 16, 16), np.uint8)))
     assert "frames must be (clips, frames, 1, height, width)" in fails(array(np.zeros((5, 3, 16, 16), np.uint8)))
@@ -344,7 +361,16 @@ def test_bad_clips_are_one_line_and_leave_nothing(weights, clip, tmp_path, capsy
     assert "must have values in [-1, 1]" in fails(array(late))
     assert "--flips is nothing for config tiny_video" in fails(clip, "--flips", "xy")
     assert "another model" in fails(clip, "--set", "model.net.stack.layers=2")
-    assert "frames per second" in fails(clip, "--fps", "0")
+    for fps in ("0", "nan", "1e-9"):
+        assert "frames per second" in fails(clip, "--fps", fps)
+    out.mkdir()
+    assert "out.mp4 is a folder; choose another name" in fails(clip, "--overwrite")
+    out.rmdir()
+    for context in ("0", "1.5", "few"):
+        assert "context must be at least 1 frame" in fails(clip, "--set", f"model.context={context}")
+    assert "7 frames, the context of tiny_video is 8" in fails(clip, "--set", "model.context=8")
+    for frames in ("0", "-1"):
+        assert "give --frames N" in fails(clip, "--frames", frames)
     assert not [*out.parent.iterdir()]
 
 

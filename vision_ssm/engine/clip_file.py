@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from mmengine.config import Config
 from torch import Tensor
 
 from vision_ssm.data.video_files import index_video, read_clip
+from vision_ssm.engine.config import config_name
 
 __all__ = ["Clip", "open_clip", "read_array"]
 
@@ -42,7 +44,7 @@ def open_clip(path: Path, config: Config, channels: int) -> Clip:
     """
     if path.suffix != ".npy":
         video = index_video(path)
-        size = tuple(config.frame_size)
+        size = frame_size(config)
         return Clip(len(video), lambda numbers: read_clip(video, numbers, channels=channels, size=size))
     pixels = read_array(path)
     if pixels.ndim not in (3, 4) or 0 in pixels.shape or (pixels.dtype != np.uint8 and pixels.dtype.kind != "f"):
@@ -63,11 +65,26 @@ def open_clip(path: Path, config: Config, channels: int) -> Clip:
     return Clip(len(pixels), read)
 
 
+def frame_size(config: Config) -> tuple[int, int]:
+    """Height and width of the frames that a config takes of a video."""
+    size = config.get("frame_size")
+    if (
+        not isinstance(size, (list, tuple))
+        or len(size) != 2
+        or not all(type(side) is int and side > 0 for side in size)
+    ):
+        raise ValueError(
+            f"config {config_name(config)} must state frame_size, the height and width to which videos are resized and "
+            f"cropped, such as (64, 64); it has {size!r}"
+        )
+    return size[0], size[1]
+
+
 def read_array(path: Path) -> np.ndarray:
     """The array of a file, which stays on the disk."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, SyntaxError, TokenError) as error:
         raise ValueError(f"{path} is truncated or no array ({error}); write it with numpy.save") from error

@@ -98,9 +98,10 @@ def continue_file(
 def read_actions(path: Path, count: int) -> Tensor:
     """Actions (1, count) from a file; whether they exist, the network says."""
     actions = read_array(path)
-    if actions.ndim != 1 or not np.issubdtype(actions.dtype, np.integer) or len(actions) < count:
+    whole = np.issubdtype(actions.dtype, np.integer) and np.can_cast(actions.dtype, np.int64)
+    if actions.ndim != 1 or not whole or len(actions) < count:
         raise ValueError(
-            f"{path} must hold an integer for each of {count} frames, context included; "
+            f"{path} must hold an integer, int64 or narrower, for each of {count} frames, context included; "
             f"it has {actions.dtype} {actions.shape}"
         )
     return torch.from_numpy(actions[:count].astype(np.int64))[None].to(device())

@@ -111,6 +111,8 @@ def require_output(out: Path | None) -> None:
         return
     if out.suffix != ".json":
         raise ValueError(f"output {out} must end in .json; a table (.csv) and a figure (.png) are written beside it")
+    if out.is_dir():
+        raise FileExistsError(f"output {out} is a folder; choose another name")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {out.parent}; create it first")
     make_writable(out.parent)

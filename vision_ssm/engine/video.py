@@ -56,8 +56,8 @@ class FramePrediction(BaseModel):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if context < 1:
-            raise ValueError(f"context must be at least 1 frame; got {context}")
+        if not isinstance(context, int) or context < 1:
+            raise ValueError(f"context must be at least 1 frame, and a whole number; got {context!r}")
         net.set_grad_checkpointing(grad_checkpointing)
         self.net: FrameModel = net
         self.context = context

@@ -27,6 +27,7 @@ class Encoding(NamedTuple):
     fastest: int = 1000  # frames per second
 
 
+SLOWEST = 0.01  # frames per second
 ENCODINGS = {
     ".mp4": Encoding("h264", {"crf": "14"}, "yuv420p", "yuv420p", multiple=2),
     ".mkv": Encoding("ffv1", {}, "gray", "bgr0"),  # lossless
@@ -56,8 +57,8 @@ def write_video(path: Path, frames: Iterable[Tensor], fps: float) -> None:
             f"{', '.join(ENCODINGS)}"
         )
     encoding = ENCODINGS[suffix]
-    if not 0 < fps <= encoding.fastest:
-        raise ValueError(f"{suffix} takes above 0 and up to {encoding.fastest} frames per second; got {fps}")
+    if not SLOWEST <= fps <= encoding.fastest:
+        raise ValueError(f"{suffix} takes {SLOWEST} to {encoding.fastest} frames per second; got {fps}")
     pending = iter(frames)
     if (first := next(pending, None)) is None:
         raise ValueError(f"there are no frames to write to {path}")

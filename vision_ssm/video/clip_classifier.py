@@ -46,10 +46,16 @@ class ClipClassifier(nn.Module):
         **backbone_arguments: Any,
     ) -> None:
         super().__init__()
+        if min(in_channels, classes) < 1:
+            raise ValueError(
+                f"in_channels and classes must be at least 1; got in_channels={in_channels}, classes={classes}"
+            )
         self.in_channels = in_channels
-        self.backbone = timm.create_model(
-            backbone, features_only=True, in_chans=in_channels, out_indices=(out_index,), **backbone_arguments
-        )
+        options = {"features_only": True, "in_chans": in_channels, "out_indices": (out_index,)}
+        try:
+            self.backbone = timm.create_model(backbone, **options, **backbone_arguments)
+        except IndexError as error:
+            raise ValueError(f"{backbone} has no map of out_index {out_index}; give one that it has") from error
         self.channels_last = self.backbone.output_fmt == "NHWC"
         info: Any = self.backbone.feature_info
         self.project = nn.Linear(info.channels()[-1], dim)

@@ -30,8 +30,10 @@ class ConvLSTM(nn.Module):
 
     def __init__(self, dim: int, *, kernel: int = 3) -> None:
         super().__init__()
-        if kernel % 2 == 0:
+        if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, so that maps keep their size; got {kernel}")
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1; got {dim}")
         self.dim = dim
         self.inward = nn.Conv2d(dim, 4 * dim, kernel, padding=kernel // 2)
         self.across = nn.Conv2d(dim, 4 * dim, kernel, padding=kernel // 2, bias=False)

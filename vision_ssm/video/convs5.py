@@ -25,9 +25,10 @@ def convs5_stack(
     Raises:
         ValueError: sizes that do not fit.
     """
-    if layers < 1 or dim % groups:
+    if min(dim, layers, groups) < 1 or dim % groups:
         raise ValueError(
-            f"layers must be at least 1 and groups must divide dim; got layers={layers}, groups={groups}, dim={dim}"
+            "dim, layers and groups must be at least 1 and groups must divide dim; "
+            f"got dim={dim}, layers={layers}, groups={groups}"
         )
     output = partial(ResNetOutput, groups=groups)
     mixers = (

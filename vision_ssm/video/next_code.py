@@ -217,11 +217,11 @@ class CodedVideo(nn.Module):
             ValueError: before the first frame, where frames, actions or state do not fit, or there are neither frames
                 nor a state.
         """
-        if context is None and state is None:
+        if context is None and not state:
             raise ValueError("give frames to begin with as context, or the state of an earlier stream")
         known = [] if context is None else [self.encode(context)]
         before = None
-        if state is not None:
+        if state:
             pending, *layers = state
             if pending.dtype != torch.int64 or pending.ndim != 3 or (known and known[0][:, 0].shape != pending.shape):
                 raise ValueError(

@@ -81,7 +81,7 @@ def frame_decoder(dim: int, widths: Sequence[int], units: int, channels: int) ->
 
 def check_widths(encoder: Sequence[int], decoder: Sequence[int]) -> None:
     """Raises ValueError unless both have widths, as many as each other, that the norms can take."""
-    wrong = [width for width in (*encoder, *decoder) if width % GROUPS]
+    wrong = [width for width in (*encoder, *decoder) if width < 1 or width % GROUPS]
     if wrong or not encoder or len(encoder) != len(decoder):
         raise ValueError(
             f"encoder and decoder need as many widths as each other, multiples of {GROUPS}; "
@@ -94,6 +94,10 @@ def check_frames(frames: Tensor, channels: int, stride: int) -> None:
     if frames.ndim != 5 or frames.shape[2] != channels or 0 in frames.shape:
         raise ValueError(
             f"frames must be (clips, frames, {channels}, height, width) and not empty; got {tuple(frames.shape)}"
+        )
+    if not frames.is_floating_point():
+        raise ValueError(
+            f"frames must be numbers from -1 to 1; got {frames.dtype}. Divide bytes by 127.5 and subtract 1"
         )
     size = tuple(frames.shape[3:])
     if any(pixels % stride for pixels in size):

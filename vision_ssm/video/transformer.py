@@ -61,7 +61,7 @@ class FrameTransformer(nn.Module):
         cache: remember keys and values.
 
     Shapes: u (t, b, h, w, c) and a state or none -> (t, b, h, w, c) and the state with these frames: a tensor
-    (2, b, s, tokens, e / s) for each block, or the one of the frames, (t, b, h, w, c).
+    (2, b, s, t, h / patch, w / patch, e / s) for each block, or the one of the frames, (t, b, h, w, c).
 
     Raises:
         ValueError: sizes that do not fit, or resets: a row holds one clip.
@@ -71,6 +71,11 @@ class FrameTransformer(nn.Module):
         self, dim: int, *, width: int = 512, heads: int = 8, layers: int = 8, patch: int = 4, cache: bool = True
     ) -> None:
         super().__init__()
+        if min(dim, width, heads, layers, patch) < 1:
+            raise ValueError(
+                "dim, width, heads, layers and patch must be at least 1; "
+                f"got dim={dim}, width={width}, heads={heads}, layers={layers}, patch={patch}"
+            )
         if width % 4 or width % heads:
             raise ValueError(f"width must be a multiple of 4 and of heads; got width={width}, heads={heads}")
         self.dim, self.heads, self.patch, self.cache = dim, heads, patch, cache
@@ -97,12 +102,13 @@ class FrameTransformer(nn.Module):
             return self.attend(whole, (None,) * len(self.blocks))[0][-len(u) :], (whole,)
         if state is None:
             return self.attend(u, (None,) * len(self.blocks))
-        kept = (2, clips, self.heads, self.inward.out_features // self.heads)
-        tokens = (height // self.patch) * (width // self.patch)
-        fits = (m.ndim == 5 and (*m.shape[:3], m.shape[4]) == kept and m.shape[3] % tokens == 0 for m in state)
+        grid = (height // self.patch, width // self.patch)
+        kept = (2, clips, self.heads, *grid, self.inward.out_features // self.heads)
+        fits = (m.ndim == 7 and (*m.shape[:3], *m.shape[4:]) == kept for m in state)
         if len(state) != len(self.blocks) or not all(fits):
             raise ValueError(
-                f"the state must be {len(self.blocks)} tensors (2, {clips}, {kept[2]}, frames * {tokens}, {kept[3]}); "
+                f"the state must be {len(self.blocks)} tensors (2, {clips}, {self.heads}, frames, "
+                f"{', '.join(map(str, kept[3:]))}); "
                 f"got {[tuple(m.shape) for m in state]}. Is it another model's?"
             )
         return self.attend(u, state)
@@ -112,7 +118,7 @@ class FrameTransformer(nn.Module):
         frames, clips, height, width, _ = u.shape
         grid = (height // self.patch, width // self.patch)
         tokens = grid[0] * grid[1]
-        before = 0 if past[0] is None else past[0].shape[3] // tokens
+        before = 0 if past[0] is None else past[0].shape[3]
         patches = u.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1)).permute(1, 0, 2, 4, 3, 5, 6)
         x = self.inward(patches.flatten(4).flatten(2, 3))
         size = x.shape[-1]
@@ -124,11 +130,12 @@ class FrameTransformer(nn.Module):
             place = torch.arange(before + frames, device=u.device).repeat_interleave(tokens)
             seen = place[-frames * tokens :, None] >= place
         known = []
-        for block, kept in zip(self.blocks, past, strict=True):
+        for block, keys in zip(self.blocks, past, strict=True):
+            kept = None if keys is None else keys.flatten(3, 5)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x, now = checkpoint(block, x, kept, seen)
             else:
                 x, now = block(x, kept, seen)
-            known.append(now)
+            known.append(now.unflatten(3, (-1, *grid)))
         y = self.outward(self.norm(x)).view(clips, frames, *grid, self.patch, self.patch, self.dim)
         return cast(Tensor, y.permute(1, 0, 2, 4, 3, 5, 6).reshape(u.shape)), tuple(known)
