@@ -229,6 +229,11 @@ def test_bad_input_is_refused():
     for batch, height, width in ((1, 4, 4), (2, 8, 4), (2, 2, 8)):
         with pytest.raises(ValueError, match="state must have shape"):
             model.generate(torch.zeros(batch, 3, 1, height, width), 1, state=model(clip)[1])
+    for reset in (torch.zeros(3, 2, dtype=torch.bool), torch.zeros(2, 3)):
+        with pytest.raises(ValueError, match=r"reset must be boolean of shape \(2, 3\)"):
+            model(clip, reset=reset)
+    with pytest.raises(ValueError, match="2 layers need as many states; got a tensor"):
+        model(clip, state=torch.zeros(2, 2, 2, 2, 2, 2))
     with pytest.raises(ValueError, match=r"numbers from -1 to 1; got torch\.uint8"):
         model(clip.to(torch.uint8))
     for widths in ((32, 40), (32, 0)):

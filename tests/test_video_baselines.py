@@ -119,6 +119,8 @@ def test_bad_input_is_refused():
             stack(u, stack(u.transpose(2, 3))[1])  # maps of as many places
     with pytest.raises(ValueError, match="2 tensors"):
         cached(u, FrameTransformer(4, width=12, heads=2, layers=2, patch=2)(u)[1])
+    with pytest.raises(ValueError, match=r"reset must be boolean of shape \(5, 2\)"):
+        lstm(u, reset=torch.zeros(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="no resets"):
         cached(u, reset=torch.zeros(5, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"multiples of the patch 2; got \(3, 6\)"):

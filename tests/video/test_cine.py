@@ -84,6 +84,10 @@ def test_bad_input_is_refused():
     for wrong in (video[:, 0], video.expand(-1, -1, 2, -1, -1), video[:, :0]):
         with pytest.raises(ValueError, match=r"video must be \(films, frames, 1, height, width\)"):
             model(wrong)
+    for mixer in TEMPORAL_MIXERS:
+        for reset in (torch.zeros(2, 1, dtype=torch.bool), torch.zeros(1, 2)):
+            with pytest.raises(ValueError, match=r"reset must be boolean of shape \(1, 2\)"):
+                cine(mixer)(video, reset=reset)
     with pytest.raises(ValueError, match="2 levels need as many states; got 1"):
         model(video, cine(levels=(-1,))(video)[1])
     with pytest.raises(ValueError, match="state must have shape"):

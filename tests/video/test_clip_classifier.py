@@ -92,6 +92,10 @@ def test_bad_input_is_refused():
     for wrong in (video[:, 0], video.expand(-1, -1, 3, -1, -1)):
         with pytest.raises(ValueError, match="video must be"):
             model(wrong)
+    for mixer in TEMPORAL_MIXERS:
+        for reset in (torch.zeros(2, 1, dtype=torch.bool), torch.zeros(1, 2)):
+            with pytest.raises(ValueError, match=r"reset must be boolean of shape \(1, 2\)"):
+                classifier(mixer=mixer)(video, reset=reset)
     with pytest.raises(ValueError, match="2 layers need as many states"):
         model(video, classifier(mixer="identity")(video)[1])
     with pytest.raises(ValueError, match="state must have shape"):

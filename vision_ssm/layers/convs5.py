@@ -70,6 +70,12 @@ def check_clip(u: Tensor, dim: int) -> torch.Size:
     return u.shape[:-1]
 
 
+def check_reset(reset: Tensor | None, first: int, second: int) -> None:
+    """Raises ValueError unless the resets, if there are any, are boolean and of these two axes."""
+    if reset is not None and (reset.shape != (first, second) or reset.dtype != torch.bool):
+        raise ValueError(f"reset must be boolean of shape {(first, second)}; got {reset.dtype} {tuple(reset.shape)}")
+
+
 class ConvSSM(nn.Module):
     """x_t = Λ̄ x_{t-1} + B̄ * u_t and y_t = 2 Re(C * x_t), with convolutions B̄ and C (section 3).
 
@@ -196,8 +202,7 @@ def _recur(
             f"the state must have shape {shape} (clips, height, width, complex states, 2); "
             f"got {tuple(state.shape)}. Pass a state that this layer returned for maps of this size"
         )
-    if reset is not None and (reset.shape != (frames, clips) or reset.dtype != torch.bool):
-        raise ValueError(f"reset must be boolean of shape {(frames, clips)}; got {reset.dtype} {tuple(reset.shape)}")
+    check_reset(reset, frames, clips)
     entering = _convolve(u.flatten(0, 1), inward).reshape(frames, *shape)
     x, last = linear_scan(decay, entering, initial_state=state, resets=reset, pairs=True)
     return _convolve(x.flatten(0, 1).flatten(-2), outward).reshape(u.shape), last
@@ -366,8 +371,9 @@ class TemporalStack(nn.Module):
         self.grad_checkpointing = enable
 
     def forward(self, u: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
-        if state is not None and len(state) != len(self.layers):
-            raise ValueError(f"{len(self.layers)} layers need as many states; got {len(state)}. Is it another model's?")
+        if state is not None and (isinstance(state, Tensor) or len(state) != len(self.layers)):
+            got = "a tensor" if isinstance(state, Tensor) else len(state)
+            raise ValueError(f"{len(self.layers)} layers need as many states; got {got}. Is it another model's?")
         u = u.contiguous()  # channels last, for convolutions and the scan, which would otherwise copy in each layer
         last = []
         for layer, before in zip(self.layers, state or [None] * len(self.layers), strict=True):

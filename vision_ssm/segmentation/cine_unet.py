@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from vision_ssm.layers.convs5 import State
+from vision_ssm.layers.convs5 import State, check_reset
 from vision_ssm.segmentation.unet import SSMUNet
 from vision_ssm.video.mixers import TemporalMixer, temporal_mixer
 
@@ -56,6 +56,7 @@ class CineUNet(nn.Module):
         if state is not None and len(state) != len(self.levels):
             raise ValueError(f"{len(self.levels)} levels need as many states; got {len(state)}. Is it another model's?")
         films, frames, _, *sizes = video.shape
+        check_reset(reset, films, frames)
         maps = self.net.encode(video.transpose(0, 1).flatten(0, 1))
         last = []
         for level, stack, before in zip(self.levels, self.over_time, state or [None] * len(self.levels), strict=True):

@@ -7,7 +7,7 @@ from typing import Any, cast
 import timm
 from torch import Tensor, nn
 
-from vision_ssm.layers.convs5 import EPS, State
+from vision_ssm.layers.convs5 import EPS, State, check_reset
 from vision_ssm.video.mixers import TemporalMixer, temporal_mixer
 
 
@@ -70,6 +70,7 @@ class ClipClassifier(nn.Module):
                 f"got {tuple(video.shape)}"
             )
         clips, frames = video.shape[:2]
+        check_reset(reset, clips, frames)
         (fmap,) = self.backbone(video.transpose(0, 1).flatten(0, 1))
         x = self.project(fmap if self.channels_last else fmap.movedim(1, -1))
         x, state = self.stack(x.unflatten(0, (frames, clips)), state, None if reset is None else reset.T)

@@ -9,7 +9,7 @@ arXiv:1506.04214, without peepholes. Layers have the skip and the norm of ConvS5
 import torch
 from torch import Tensor, nn
 
-from vision_ssm.layers.convs5 import EPS, check_clip
+from vision_ssm.layers.convs5 import EPS, check_clip, check_reset
 
 
 class ConvLSTM(nn.Module):
@@ -44,6 +44,7 @@ class ConvLSTM(nn.Module):
 
     def forward(self, u: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         frames, clips, height, width = check_clip(u, self.dim)
+        check_reset(reset, frames, clips)
         shape = (2, clips, self.dim, height, width)
         if state is not None and tuple(state.shape) != shape:
             raise ValueError(f"the state must have shape {shape}; got {tuple(state.shape)}. Is it another model's?")

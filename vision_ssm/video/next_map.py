@@ -16,7 +16,7 @@ import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from vision_ssm.layers.convs5 import State, discrete
+from vision_ssm.layers.convs5 import State, check_reset, discrete
 
 MASKED = -1  # the action, or the code, of what is not known
 AT_ONCE = 300  # maps that go through an encoder or decoder at once, where all would not fit; 8 clips of 300 are 8 times
@@ -98,6 +98,7 @@ class NextMap(nn.Module, ABC):
         reset: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         self.check(maps, actions)
+        check_reset(reset, *maps.shape[:2])
         return self.predict(maps, actions, state, reset)
 
     def predict(
