@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[debug_option()],
     )
-    p.add_argument("backbone", nargs="?", default="vmamba_tiny", help="of a U-Net, vmamba_tiny by default")
+    p.add_argument("backbone", nargs="?", default="vmamba_tiny", help="timm name, vmamba_tiny by default")
     p.add_argument("--steps", type=int, default=2000, help="training steps, 2000 by default")
     p.add_argument("--sizes", type=int, nargs=2, default=[32, 256], metavar="SIDE", help="in pixels, 32 to 256")
     p.add_argument("--batch", type=int, default=4, help="images of a step, 4 by default")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,10 +16,10 @@ from torch._dynamo.utils import counters
 
 from vision_ssm.engine.benchmark.rows import Environment
 from vision_ssm.engine.benchmark.timing import describe
-from vision_ssm.segmentation import SSMUNet
 
 __all__ = ["Soak", "soak"]
 
+CLASSES = 4
 SLOW = 10.0  # times the median: so much takes a step that compiles, not one on a larger image
 
 
@@ -28,7 +29,7 @@ class Soak:
 
     Attributes:
         environment: where it ran.
-        backbone: of the U-Net that was trained.
+        backbone: timm name of the network that was trained.
         steps: training steps.
         sizes: smallest and largest side of an image in pixels.
         batch: images of a step.
@@ -80,10 +81,20 @@ def soak(
     compiled: bool = False,
     seed: int = 0,
 ) -> Soak:
-    """Trains a U-Net on random images whose sides change with every step, in bfloat16 where the device is a GPU.
+    """Trains a classifier on random images whose sides change with every step, in bfloat16 where the device is a GPU.
+
+    Args:
+        backbone: timm name, this package's or another.
+        steps: training steps.
+        sizes: smallest and largest side of an image in pixels.
+        batch: images of a step.
+        device: where to train.
+        compiled: compile the network, for any size.
+        seed: of weights, images and sizes.
 
     Raises:
-        ValueError: fewer than four steps, sizes that are none, or no such backbone.
+        ValueError: fewer than four steps, or sizes that are none.
+        RuntimeError: timm knows no such backbone.
     """
     if steps < 4:
         raise ValueError(f"steps must be at least 4, one for each quarter; got {steps}")
@@ -91,14 +102,14 @@ def soak(
         raise ValueError(f"sizes must be the smallest and the largest side, at least 1; got {sizes}")
     torch.manual_seed(seed)
     draw = random.Random(seed)
-    net = SSMUNet(backbone, in_channels=3, out_channels=4).to(device)
+    net = timm.create_model(backbone, num_classes=CLASSES).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
     forward: Callable[..., Tensor] = torch.compile(net, dynamic=True) if compiled else net
     losses, memory, seconds, graphs, drawn, bad = [], [], [], [], set(), 0
     for _ in range(steps):
         drawn.add(size := (draw.randint(*sizes), draw.randint(*sizes)))
         image = torch.randn(batch, 3, *size, device=device)
-        label = torch.randint(4, (batch, *size), device=device)
+        label = torch.randint(CLASSES, (batch,), device=device)
         before = compilations()
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
