@@ -2,6 +2,9 @@
 
 import csv
 import json
+import signal
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -382,6 +385,50 @@ def test_frames_that_are_not_finite_are_not_written(weights, clip, tmp_path, cap
     save_weights(tmp_path / "nan.safetensors", task.net, config="tiny", classes=(), channels=1)
     assert "frame 0 holds" in refused(capsys, "predict", TINY, tmp_path / "nan.safetensors", clip, tmp_path / "out.mp4")
     assert not [*tmp_path.glob("*out*")]
+
+
+KILLED = """
+import os, signal, sys
+from vision_ssm.engine import video_file
+from vision_ssm.tools.__main__ import main
+
+to_bytes = video_file.to_bytes
+
+def dies(frame, shape, number):
+    if number == 40:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return to_bytes(frame, shape, number)
+
+video_file.to_bytes = dies
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_video_nothing_has_its_name(weights, clip, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    command = ["predict", TINY, str(weights), str(clip), str(folder / "out.mkv"), "--frames", "50"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in folder.iterdir()] == [".partial-out.mkv"]
+    assert cli.main(command) == 0  # without --overwrite
+    assert sorted(path.name for path in folder.iterdir()) == ["out.mkv", "out.png"]
+    assert len(read_video(folder / "out.mkv", channels=1)) == 50
+
+
+def test_an_interrupted_video_leaves_the_one_before(weights, clip, tmp_path, monkeypatch):
+    target = tmp_path / "out.mkv"
+    command = ["predict", TINY, str(weights), str(clip), str(target)]
+    assert cli.main(command) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vision_ssm.engine.video_file.to_bytes", interrupted)
+    assert cli.main([*command, "--overwrite"]) == 130
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_other_tasks_are_named(weights, clip, tmp_path, capsys):
