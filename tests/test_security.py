@@ -135,6 +135,7 @@ READERS = {
     "eval": ["evil.py", "weights.safetensors"],
     "predict": ["evil.py", "weights.safetensors", "in.nii.gz", "out.nii.gz"],
     "experiment": ["run", "evil.py", "--out", "runs.jsonl", "--seconds", "1"],
+    "export": ["evil.py", "--to", "pt2", "--random-weights"],
     "bundle": ["create", "evil.py", "weights.safetensors", "out"],
 }
 

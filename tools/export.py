@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vision_ssm.tools.errors import debug_option, run
+from vision_ssm.tools.errors import config_options, debug_option, run
 
 KINDS = ("pt2", "aoti", "onnx", "torchscript")
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vision_ssm.engine.export_table import record
 
     if "/" in args.model or args.model.endswith(".py"):
-        subject = network(load_config(args.model, args.set), args.checkpoint, args.size)
+        subject = network(load_config(args.model, args.set, safe=args.safe), args.checkpoint, args.size)
     else:
         subject = backbone(args.model, args.checkpoint, args.size)
     path = args.out or Path(f"{Path(args.model).stem}{FORMATS[args.to].suffix}")
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         prog="vision-ssm export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[debug_option()],
+        parents=[config_options(), debug_option()],
     )
     p.add_argument("model", metavar="MODEL", help="timm name, path of a config, or its name with a slash in it")
     p.add_argument("--to", required=True, choices=KINDS, help="format of the file")
@@ -63,7 +63,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--size", type=int, nargs="+", default=(), metavar="N", help="of --fixed: height and width")
     p.add_argument("--sides", type=int, nargs=2, default=(32, 512), metavar=("LEAST", "MOST"), help="32 512 by default")
     p.add_argument("--record", type=Path, metavar="PAGE", help="keep the figures beside a document, and in its table")
-    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override entries of a config")
     return p
 
 
