@@ -196,6 +196,24 @@ def test_frames_are_as_far_apart_as_in_training_and_slices_whole(weights, tmp_pa
             assert (found[:, :, z, first::2] == classes).mean() > 0.999  # but for ties of rounding
 
 
+@pytest.mark.parametrize("spacing", [0.9, 1.5, 2.0])
+def test_labels_lie_where_the_image_is(spacing, tmp_path):
+    """At any spacing in between: a network that tells bright from dark finds what is bright, off its middle, too."""
+    config = load_config(CINE, [*SMALL, f"test_dataloader.dataset.spacing={spacing}"])
+    predictor = CinePredictor(config, lambda video: torch.cat([-video, video], dim=2))
+    bright = np.zeros((30, 26, 3, 4), bool)
+    for z in range(3):
+        for t in range(4):
+            bright[4 + t : 14, 15 - 2 * z : 22, z, t] = True
+    found = predictor(save_cine(tmp_path / "in.nii", 100.0 * bright)) == 1
+    for z in range(3):
+        for t in range(4):
+            both = 2 * (found & bright)[:, :, z, t].sum() / (found.sum((0, 1)) + bright.sum((0, 1)))[z, t]
+            assert both > 0.9
+            middle, wanted = (np.argwhere(m[:, :, z, t]).mean(axis=0) for m in (found, bright))
+            assert np.abs(middle - wanted).max() < 0.25
+
+
 @pytest.mark.parametrize("size", [(1, 1, 1, 3), (33, 7, 1, 1), (5, 40, 2, 25)], ids=str)
 def test_cines_of_any_size_are_labelled(size, weights, tmp_path):
     config = load_config(CINE, SMALL)
