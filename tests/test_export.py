@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,8 +14,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from vision_ssm.engine import export as exporting
+from vision_ssm.engine import export_table
 from vision_ssm.engine.config import load_config
-from vision_ssm.engine.export import EXAMPLE, FORMATS, TOLERANCE, backbone, export, network, operators, plain, trace
+from vision_ssm.engine.export import (
+    EXAMPLE,
+    FORMATS,
+    TOLERANCE,
+    Exported,
+    backbone,
+    export,
+    network,
+    operators,
+    plain,
+    trace,
+)
 from vision_ssm.kernels import ROUTES, Route, cross_merge, cross_scan, decompositions, routed_scan
 from vision_ssm.kernels.routes import encode
 from vision_ssm.tools import __main__ as cli
@@ -267,6 +280,31 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main(["export", "test_hydra", *small])  # no word of weights
     assert "--random-weights" in capsys.readouterr().err
+
+
+def test_the_page_shows_what_was_measured():
+    page = Path(__file__).parents[1] / "docs" / "guides" / "export.md"
+    assert export_table.filled(page) == page.read_text(encoding="utf-8")
+    for row in export_table.read(page):
+        assert row["model"] in timm.list_models() and row["error"] <= TOLERANCE
+
+
+def test_figures_are_kept_beside_a_page(tmp_path):
+    subject = subject_of("hydra")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- exported -->\n<!-- /exported -->\nafter\n")
+    (tmp_path / "model.ts").write_bytes(bytes(2**20))
+    for error in (2e-3, 1e-6):  # the second in place of the first
+        done = Exported(path=tmp_path / "model.ts", scans=2, nodes=99, error=error, checked=((1, 3, 32, 40),))
+        export_table.record(page, subject, "torchscript", done)
+    (row,) = export_table.read(page)
+    assert row["model"] == "test_hydra" and row["error"] == 1e-6 and row["mib"] == 1.0
+    (line,) = [line for line in page.read_text().splitlines() if line.startswith("| `test_hydra`")]
+    assert "| 2 | 99 | 1.0 | 1x3x32x40 | 1.0e-06 |" in line and page.read_text().endswith("after\n")
+    (tmp_path / "other.md").write_text("no block")
+    with pytest.raises(ValueError, match="no block <!-- exported -->"):
+        export_table.record(tmp_path / "other.md", subject, "torchscript", done)
+    assert not (tmp_path / "other.jsonl").exists()
 
 
 def test_the_command_knows_every_format():
