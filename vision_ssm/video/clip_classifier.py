@@ -51,7 +51,7 @@ class ClipClassifier(nn.Module):
                 f"in_channels and classes must be at least 1; got in_channels={in_channels}, classes={classes}"
             )
         self.in_channels = in_channels
-        options = {"features_only": True, "in_chans": in_channels, "out_indices": (out_index,)}
+        options: dict[str, Any] = {"features_only": True, "in_chans": in_channels, "out_indices": (out_index,)}
         try:
             self.backbone = timm.create_model(backbone, **options, **backbone_arguments)
         except IndexError as error:
