@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from vision_ssm.engine import soak as module
 from vision_ssm.engine.soak import Soak, soak
@@ -28,6 +29,18 @@ def test_a_short_soak_is_finite(seen: Soak) -> None:
     assert all(math.isfinite(loss) for loss in seen.loss)
     assert sum(seen.graphs) == 0
     assert {len(value) for value in vars(seen).values() if isinstance(value, list)} == {4}
+
+
+def test_the_network_is_compiled_for_all_sizes_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def compiled(net: nn.Module, **options: Any) -> nn.Module:
+        asked.append(options)
+        return net
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    assert soak("test_vmamba", **TINY, compiled="aot_eager").compiled == "aot_eager"
+    assert asked == [{"dynamic": True, "backend": "aot_eager"}]
 
 
 @pytest.mark.parametrize(

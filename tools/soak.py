@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=2000, help="training steps, 2000 by default")
     p.add_argument("--sizes", type=int, nargs=2, default=[32, 256], metavar="SIDE", help="in pixels, 32 to 256")
     p.add_argument("--batch", type=int, default=4, help="images of a step, 4 by default")
-    p.add_argument("--compile", action="store_true", help="compile the network, once for all sizes")
+    p.add_argument("--compile", metavar="BACKEND", help="compile once for all sizes, such as by aot_eager")
     p.add_argument("--device", help="cpu or cuda; by default cuda if there is one")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="write what was seen")
     return p

@@ -33,7 +33,7 @@ class Soak:
         steps: training steps.
         sizes: smallest and largest side of an image in pixels.
         batch: images of a step.
-        compiled: whether the network was compiled, for any size.
+        compiled: backend of torch.compile that compiled the network for any size; None if none did.
         distinct_sizes: how many sizes were drawn.
         not_finite: steps whose loss or weights were not finite.
         loss: mean loss.
@@ -48,7 +48,7 @@ class Soak:
     steps: int
     sizes: tuple[int, int]
     batch: int
-    compiled: bool
+    compiled: str | None
     distinct_sizes: int
     not_finite: int
     loss: list[float]
@@ -78,7 +78,7 @@ def soak(
     sizes: tuple[int, int],
     batch: int,
     device: torch.device,
-    compiled: bool = False,
+    compiled: str | None = None,
     seed: int = 0,
 ) -> Soak:
     """Trains a classifier on random images whose sides change with every step, in bfloat16 where the device is a GPU.
@@ -89,7 +89,7 @@ def soak(
         sizes: smallest and largest side of an image in pixels.
         batch: images of a step.
         device: where to train.
-        compiled: compile the network, for any size.
+        compiled: backend of torch.compile, such as "inductor", to compile the network for any size.
         seed: of weights, images and sizes.
 
     Raises:
@@ -104,7 +104,7 @@ def soak(
     draw = random.Random(seed)
     net = timm.create_model(backbone, num_classes=CLASSES).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
-    forward: Callable[..., Tensor] = torch.compile(net, dynamic=True) if compiled else net
+    forward: Callable[..., Tensor] = torch.compile(net, dynamic=True, backend=compiled) if compiled else net
     losses, memory, seconds, graphs, drawn, bad = [], [], [], [], set(), 0
     for _ in range(steps):
         drawn.add(size := (draw.randint(*sizes), draw.randint(*sizes)))
