@@ -105,6 +105,8 @@ def test_the_loss_is_that_of_the_next_codes():
     assert_close(task(video, actions, mode="loss")["loss"], wanted)
     with pytest.raises(ValueError, match="from 0 to 2"):
         task(video, actions + 3, mode="loss")
+    with pytest.raises(ValueError, match="clips of one frame have none that follows"):
+        task(video[:, :1], mode="loss")
 
 
 def test_checkpointing_changes_no_gradient():

@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -132,6 +133,8 @@ def test_the_loss_is_of_every_next_frame_by_those_before():
     prediction, _ = task.net(video[:, :-1], actions[:, 1:])
     assert_close(task(video, actions, mode="loss")["loss"], pixel_loss(prediction, video[:, 1:]))
     assert_close(task(video, actions), prediction)
+    with pytest.raises(ValueError, match="clips of one frame have none that follows"):
+        task(video[:, :1], mode="loss")
 
 
 def test_predictions_follow_the_context_alone():
@@ -375,6 +378,24 @@ def test_bad_clips_are_one_line_and_leave_nothing(weights, clip, tmp_path, capsy
     for frames in ("0", "-1"):
         assert "give --frames N" in fails(clip, "--frames", frames)
     assert not [*out.parent.iterdir()]
+
+
+def test_a_video_whose_size_changes_is_refused(weights, tmp_path, capsys):
+    """Beyond the context, too, where a frame would only be shown."""
+    parts = []
+    for size, frames in ((16, 4), (32, 4)):
+        with av.open(tmp_path / "part", "w", format="h264") as container:
+            stream = container.add_stream("h264", 10)
+            stream.height, stream.width = size, size
+            for _ in range(frames):
+                picture = av.VideoFrame.from_ndarray(np.zeros((size, size), np.uint8), format="gray")
+                container.mux(stream.encode(picture.reformat(format="yuv420p")))
+            container.mux(stream.encode())
+        parts.append((tmp_path / "part").read_bytes())
+    (tmp_path / "in.mp4").write_bytes(b"".join(parts))
+    error = refused(capsys, "predict", TINY, weights, tmp_path / "in.mp4", tmp_path / "out.mp4")
+    assert "different sizes: (16, 16) and, from frame 4, (32, 32)" in error
+    assert not [*tmp_path.glob("*out*")]
 
 
 def test_frames_that_are_not_finite_are_not_written(weights, clip, tmp_path, capsys):

@@ -15,7 +15,18 @@ from vision_ssm.engine.tasks import Mode
 from vision_ssm.layers.convs5 import State
 from vision_ssm.video import pixel_loss
 
-__all__ = ["QUALITIES", "FrameMSE", "FramePSNR", "FramePrediction", "FrameSSIM", "mse", "psnr", "ssim", "unit"]
+__all__ = [
+    "QUALITIES",
+    "FrameMSE",
+    "FramePSNR",
+    "FramePrediction",
+    "FrameSSIM",
+    "mse",
+    "psnr",
+    "require_next",
+    "ssim",
+    "unit",
+]
 
 SSIM_WINDOW = (11, 1.5)  # pixels, and the standard deviation of its Gaussian
 
@@ -68,6 +79,7 @@ class FramePrediction(BaseModel):
             generated = torch.stack(list(self.rollout(video, actions)), dim=1)
             pairs = zip(generated, video[:, self.context :], strict=True)
             return [{"prediction": prediction, "truth": truth} for prediction, truth in pairs]
+        require_next(video)
         prediction, _ = self.net(video[:, :-1], None if actions is None else actions[:, 1:])
         if mode == "tensor":
             return prediction
@@ -87,6 +99,12 @@ class FramePrediction(BaseModel):
             )
         stream = self.net.stream(video[:, : self.context], actions=actions)
         return (frame for frame, _ in islice(stream, frames))
+
+
+def require_next(video: Tensor) -> None:
+    """Raises ValueError unless clips (b, t, k, h, w) have a frame that follows another."""
+    if video.shape[1] < 2:
+        raise ValueError("clips of one frame have none that follows; train on clips of 2 frames or more")
 
 
 def unit(frames: Tensor) -> Tensor:

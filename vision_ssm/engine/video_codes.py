@@ -21,7 +21,7 @@ from vision_ssm.engine.evaluate import evaluate, load_task, require_output
 from vision_ssm.engine.figures import save_figure
 from vision_ssm.engine.runner import build_loader, device
 from vision_ssm.engine.tasks import Mode
-from vision_ssm.engine.video import FramePrediction, unit
+from vision_ssm.engine.video import FramePrediction, require_next, unit
 from vision_ssm.video import CodedVideo, VQAutoencoder, code_loss
 from vision_ssm.video.next_map import MASKED
 
@@ -146,6 +146,7 @@ class CodePrediction(FramePrediction):
     def forward(self, video: Tensor, actions: Tensor | None = None, mode: Mode = "tensor") -> Any:
         if mode != "loss":
             return super().forward(video, actions, mode)
+        require_next(video)
         codes = self.net.encode(video)
         if actions is not None:
             dropped = torch.rand(len(actions), 1, device=actions.device) < self.action_dropout
