@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -97,12 +97,12 @@ class TrainingJob(VideoJob):
     """Forward and backward on whole clips of ``frames`` frames and the one after, without an optimizer.
 
     Args:
-        checkpointing: of what little is kept for the backward: of nothing, of "maps", encoder and decoder, or of "all",
-            the layers over time too.
+        checkpointing: of what little is kept for the backward: of "maps", encoder and decoder, or of "all", the layers
+            over time too; of nothing by default.
     """
 
     frames: int = 300
-    checkpointing: str = ""
+    checkpointing: Literal["maps", "all"] | None = None
 
     @property
     def label(self) -> str:
