@@ -1,6 +1,7 @@
 """Next-frame models from config to video: what is trained and measured, and the commands on clips end to end."""
 
 import csv
+import errno
 import json
 import signal
 import subprocess
@@ -378,6 +379,16 @@ def test_bad_clips_are_one_line_and_leave_nothing(weights, clip, tmp_path, capsy
     for frames in ("0", "-1"):
         assert "give --frames N" in fails(clip, "--frames", frames)
     assert not [*out.parent.iterdir()]
+
+
+def test_a_folder_that_takes_no_files_is_found_out_first(clip, tmp_path, capsys, monkeypatch):
+    def read_only(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("vision_ssm.engine.checkpoint.tempfile.TemporaryFile", read_only)
+    error = refused(capsys, "predict", TINY, tmp_path / "absent.safetensors", clip, tmp_path / "out.mp4")
+    assert f"cannot write to {tmp_path} (Read-only file system); choose another folder" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.npy"]
 
 
 def test_a_video_whose_size_changes_is_refused(weights, tmp_path, capsys):
