@@ -1,6 +1,7 @@
 """Models as files that run without this package: the plain operators, the formats, and what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ FAMILIES = {
     "efficient_vmamba": ("test_efficient_vmamba", {}),
     "vim": ("test_vim", {"depth": 1, "dim": 8, "img_size": 48}),
     "hydra": ("test_hydra", {"depth": 1}),
-    "vim2": ("test_vim2", {}),
+    "vim2": ("test_vim2", {"depths": (1, 1), "dims": (8, 8), "channel_expand": (1.0, 1.0)}),
 }
 LENGTHS = (1, 2, 31, 32, 33, 70)
 ALONE = """
@@ -62,6 +63,8 @@ print((found - wanted).abs().max().item() / wanted.abs().max().item())
 """
 
 ops = torch.ops.vision_ssm
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="AOTInductor needs g++, which is not there")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")  # by torch 2.14
 
@@ -179,12 +182,14 @@ def test_onnx_of_every_family(family, tmp_path, record_property):
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.parametrize("kind", ["pt2", "torchscript"])
+@pytest.mark.parametrize("kind", ["pt2", "torchscript", pytest.param("aoti", marks=[pytest.mark.slow, needs_compiler])])
 def test_a_file_runs_where_the_package_is_not(kind, tmp_path):
     subject = subject_of("hydra")
     done = export(subject, tmp_path / f"model{FORMATS[kind].suffix}", kind)
     assert error_alone(kind, done.path, subject, (1, 3, 32, 40), tmp_path) < TOLERANCE
     extra = {"vision_ssm.json": ""}
+    if kind == "aoti":
+        return
     if kind == "pt2":
         torch.export.load(done.path, extra_files=extra)
     else:
@@ -196,9 +201,9 @@ def test_a_file_runs_where_the_package_is_not(kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pt2", "onnx", "aoti"])
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
 def test_a_file_takes_sizes_that_were_never_seen(kind, tmp_path, record_property):
-    subject = subject_of("vmamba")
+    subject = subject_of("vmamba", depths=(1,), dims=(8,))
     done = export(subject, tmp_path / f"model{FORMATS[kind].suffix}", kind, sides=(32, 100))
     record_property("operators and error", (done.nodes, done.error))
     assert {shape[0] for shape in done.checked} == {1, 3} and not {shape[2] for shape in done.checked} & set(EXAMPLE)
@@ -207,7 +212,7 @@ def test_a_file_takes_sizes_that_were_never_seen(kind, tmp_path, record_property
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["vim", "hydra", "efficient_vmamba"])
+@pytest.mark.parametrize("family", ["vim", "hydra"])
 def test_other_families_take_any_size(family, tmp_path):
     done = export(subject_of(family), tmp_path / "model.pt2", "pt2", sides=(32, 100))
     assert done.error < TOLERANCE and len(done.checked) == 3
