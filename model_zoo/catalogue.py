@@ -25,7 +25,7 @@ class Card:
         image_size: side of the images in pixels.
         top1: percent on ImageNet-1K, as the authors report it.
         parameters: measured, all of them trainable.
-        multiply_adds: measured, of one image; ``vision_ssm.engine.profile.CONVENTION`` says what is counted.
+        multiply_adds: measured, of one image; ``vision_ssm.engine.benchmark.profile.CONVENTION`` says what is counted.
     """
 
     family: str

@@ -122,3 +122,33 @@ def test_the_reader_sees_what_an_import_reaches(tmp_path: Path, monkeypatch: pyt
         "vision_ssm.engine.runner",
         "vision_ssm.data.x",
     }
+
+
+# Inside the engine: what its packages may import of one another, beside the modules at its root that lie below them.
+ENGINE = {
+    "training": set(),
+    "benchmark": {"training"},
+    "segmentation": {"training"},
+    "video": {"training", "segmentation"},
+    "experiment": {"benchmark", "training", "video"},
+    "zoo": {"benchmark"},
+    "export": set(),
+}
+ROOF = {"commands", "demo", "erf", "openmmlab", "report"}
+"""Modules at the engine's root that use its packages; those below them use none."""
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "vision_ssm" / "engine").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_the_engine_is_built_in_floors(path: Path) -> None:
+    engine = ROOT / "vision_ssm" / "engine"
+    room = path.relative_to(engine).with_suffix("").parts[0]
+    reached = {
+        parts[2] for name in imported_modules(path) if (parts := name.split("."))[:2] == ["vision_ssm", "engine"]
+    }
+    unknown = {child.name for child in engine.iterdir() if (child / "__init__.py").exists()} - set(ENGINE)
+    assert not unknown, f"say in ENGINE what {', '.join(sorted(unknown))} may import"
+    if room not in ROOF:
+        unexpected = reached & (set(ENGINE) | ROOF) - ENGINE.get(room, set()) - {room}
+        assert not unexpected, f"{room} must not import {', '.join(sorted(unexpected))}"

@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 
 from vision_ssm.engine.config import build, config_name, config_names, load_config
-from vision_ssm.engine.runner import build_loader, build_runner
+from vision_ssm.engine.training.build import build_loader, build_runner
 
 UNET = "medical/deep_grey_vmamba_unet"
 

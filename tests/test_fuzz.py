@@ -28,9 +28,9 @@ import vision_ssm
 from vision_ssm.compat import selective_scan_fn
 from vision_ssm.engine.checkpoint import write_json
 from vision_ssm.engine.config import load_config
-from vision_ssm.engine.evaluate import load_task
-from vision_ssm.engine.predict import predict_file
-from vision_ssm.engine.predictor import Predictor
+from vision_ssm.engine.segmentation.predict import predict_file
+from vision_ssm.engine.segmentation.predictor import Predictor
+from vision_ssm.engine.training.evaluate import load_task
 from vision_ssm.kernels import (
     ROUTES,
     Route,

@@ -17,11 +17,11 @@ from urllib.error import URLError
 import pytest
 from rich.console import Console
 
-from vision_ssm.engine import download as downloads
-from vision_ssm.engine import zoo
 from vision_ssm.engine.config import build, config_names, load_config
 from vision_ssm.engine.demo import ENTRANTS
-from vision_ssm.engine.download import DownloadError, cache_folder, download
+from vision_ssm.engine.zoo import download as downloads
+from vision_ssm.engine.zoo import published
+from vision_ssm.engine.zoo.download import DownloadError, cache_folder, download
 from vision_ssm.model_zoo.catalogue import cards
 from vision_ssm.tools import __main__ as cli
 
@@ -306,7 +306,7 @@ def test_the_cache_is_the_users_own(given: str, tmp_path: Path, monkeypatch: pyt
 def card(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A card of the catalogue whose file the server has, with a cache of its own."""
     card = replace(cards()[-1], url=URL)
-    monkeypatch.setattr(zoo, "cards", lambda: (card,))
+    monkeypatch.setattr(published, "cards", lambda: (card,))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return card
 
@@ -321,7 +321,7 @@ def test_a_fetched_file_is_kept_in_the_cache_and_fetched_once(
     assert cli.main(command) == 0
     assert server.asked == [URL]
     fetched.write_text("damaged")
-    assert zoo.fetch(card.file, sha256=HASH, console=Console(quiet=True)) == fetched
+    assert published.fetch(card.file, sha256=HASH, console=Console(quiet=True)) == fetched
     assert fetched.read_bytes() == CONTENT
 
 
@@ -344,15 +344,15 @@ def test_a_wrong_hash_leaves_the_cache_empty(card: Any, tmp_path: Path, capsys: 
 def test_a_file_that_cannot_be_checked_is_not_fetched(
     card: Any, server: Server, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], sha256: str, message: str
 ) -> None:
-    monkeypatch.setattr(zoo, "cards", lambda: (replace(card, **changes),))
+    monkeypatch.setattr(published, "cards", lambda: (replace(card, **changes),))
     with pytest.raises((ValueError, DownloadError), match=message):
-        zoo.fetch(card.model, sha256=sha256, console=Console(quiet=True))
+        published.fetch(card.model, sha256=sha256, console=Console(quiet=True))
     assert server.asked == []
 
 
 def test_a_name_that_is_not_one_file_lists_the_files() -> None:
     with pytest.raises(ValueError, match=r"no published files of 'resnet50'; name one of .*\.pth"):
-        zoo.fetch("resnet50", console=Console(quiet=True))
+        published.fetch("resnet50", console=Console(quiet=True))
 
 
 def test_the_addresses_of_the_cards_are_encrypted() -> None:

@@ -61,8 +61,9 @@ def render_files(files: Sequence[Path], document: Path | None) -> None:
 
 
 def plot_files(files: Sequence[Path], picture: Path) -> None:
+    from vision_ssm.engine.benchmark.figure import resolution
     from vision_ssm.engine.benchmark.rows import read_rows
-    from vision_ssm.engine.figures import resolution, save_figure
+    from vision_ssm.engine.figures import save_figure
 
     save_figure(picture, resolution([row for file in files for row in read_rows(file)]))
 

@@ -17,8 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from vision_ssm.engine.bundle import About, create_bundle
     from vision_ssm.engine.config import load_config
+    from vision_ssm.engine.segmentation.bundle import About, create_bundle
 
     about = About(version=args.bundle_version, authors=args.authors, modality=args.modality)
     create_bundle(load_config(args.config, args.set, safe=args.safe), args.checkpoint, args.target, about)

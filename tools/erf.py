@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from vision_ssm.engine import erf
-    from vision_ssm.engine.figures import receptive_fields, save_figure
+    from vision_ssm.engine.erf import receptive_fields
+    from vision_ssm.engine.figures import save_figure
 
     picture, areas = erf.outputs(args.out or Path(f"{args.model}_erf.png"), overwrite=args.overwrite)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

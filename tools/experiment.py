@@ -25,13 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def perform(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from vision_ssm.engine import experiment
     from vision_ssm.engine.config import load_config
+    from vision_ssm.engine.experiment import runs
 
     console = Console(highlight=False, soft_wrap=True)
     config = load_config(args.config, args.set, safe=args.safe)
-    jobs = experiment.jobs(config, seeds=args.seeds, seconds=args.seconds, networks=args.networks, share_of=args.share)
-    failed, late = experiment.perform(config, jobs, args.out, limit=args.limit, report=console.print)
+    jobs = runs.jobs(config, seeds=args.seeds, seconds=args.seconds, networks=args.networks, share_of=args.share)
+    failed, late = runs.perform(config, jobs, args.out, limit=args.limit, report=console.print)
     console.print(f"{args.out} holds {len(jobs) - len(failed) - len(late)} of {len(jobs)} runs")
     if late:
         console.print(f"no time for {len(late)}; repeat the command to go on")
@@ -41,8 +41,8 @@ def perform(args: argparse.Namespace) -> int:
 def render(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from vision_ssm.engine.comparison import compare, render
-    from vision_ssm.engine.experiment import read_runs
+    from vision_ssm.engine.experiment.comparison import compare, render
+    from vision_ssm.engine.experiment.runs import read_runs
     from vision_ssm.engine.figures import save_figure
 
     runs = [run for file in args.files for run in read_runs(file)]

@@ -26,8 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from vision_ssm.engine.config import load_config
-    from vision_ssm.engine.export import FORMATS, backbone, export, network
-    from vision_ssm.engine.export_table import record
+    from vision_ssm.engine.export.file import export
+    from vision_ssm.engine.export.formats import FORMATS
+    from vision_ssm.engine.export.subject import backbone, network
+    from vision_ssm.engine.export.table import record
 
     if "/" in args.model or args.model.endswith(".py"):
         subject = network(load_config(args.model, args.set, safe=args.safe), args.checkpoint, args.size)

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.progress import track
     from rich.table import Column, Table
 
-    from vision_ssm.engine.profile import CONVENTION, profile
+    from vision_ssm.engine.benchmark.profile import CONVENTION, profile
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     headings = ("M parameters", "G multiply-adds", "% scans", "MiB kept", "ms inference", "ms step")

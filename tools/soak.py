@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from rich.console import Console
 
+    from vision_ssm.engine.benchmark.soak import soak
     from vision_ssm.engine.checkpoint import write_json
-    from vision_ssm.engine.soak import soak
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = {"steps": args.steps, "sizes": tuple(args.sizes), "batch": args.batch, "compiled": args.compile}

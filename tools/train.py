@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from vision_ssm.engine.config import config_name, load_config
     from vision_ssm.engine.report import print_scores
-    from vision_ssm.engine.train import train
+    from vision_ssm.engine.training.train import train
 
     console = Console(quiet=os.environ.get("RANK", "0") != "0")  # torchrun: one voice for all processes
     config = load_config(args.config, args.set, safe=args.safe)

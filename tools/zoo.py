@@ -23,25 +23,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from vision_ssm.engine import zoo
+    from vision_ssm.engine.zoo import published
 
     console = Console(highlight=False, markup=False)
     if args.command == "list":
-        zoo.print_cards(console, zoo.find_cards(args.which))
+        published.print_cards(console, published.find_cards(args.which))
     elif args.command == "fetch":
-        console.print(str(zoo.fetch(args.which, sha256=args.sha256, console=console)), soft_wrap=True)
+        console.print(str(published.fetch(args.which, sha256=args.sha256, console=console)), soft_wrap=True)
     elif args.command == "convert":
-        metadata = zoo.convert_file(args.source, args.target, model=args.model, overwrite=args.overwrite)
+        metadata = published.convert_file(args.source, args.target, model=args.model, overwrite=args.overwrite)
         lines = (f"{key:14} {value}" for key, value in {"wrote": args.target, **metadata}.items())
         console.print("\n".join(lines), soft_wrap=True)
     elif args.command == "verify":
         try:
-            console.print(zoo.verify_file(args.file, model=args.model).report(), soft_wrap=True)
-        except zoo.VerificationError as error:
+            console.print(published.verify_file(args.file, model=args.model).report(), soft_wrap=True)
+        except published.VerificationError as error:
             sys.stderr.write(f"vision-ssm: verification failed: {' '.join(str(error).split())}\n")
             return 1
     else:
-        from vision_ssm.engine.models_table import fill
+        from vision_ssm.engine.zoo.models_table import fill
 
         fill(args.document)
     return 0

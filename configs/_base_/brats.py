@@ -13,8 +13,8 @@ from vision_ssm.data.layouts import brats_cases
 from vision_ssm.data.patches import Patches
 from vision_ssm.data.volumes import LoadVolumed
 from vision_ssm.engine.metrics import HD95, Dice
-from vision_ssm.engine.regions import RegionDice, RegionLoss
-from vision_ssm.engine.runner import AutocastOptimWrapper
+from vision_ssm.engine.segmentation.regions import RegionDice, RegionLoss
+from vision_ssm.engine.training.runner import AutocastOptimWrapper
 
 with read_base():
     from .volumes import *

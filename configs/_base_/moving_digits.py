@@ -11,8 +11,8 @@ from torch.optim import AdamW
 from vision_ssm.data.draws import Draws
 from vision_ssm.data.images import mnist5k
 from vision_ssm.data.moving_digits import MovingDigits
-from vision_ssm.engine.runner import AutocastOptimWrapper
-from vision_ssm.engine.video import FrameMSE, FramePrediction, FramePSNR, FrameSSIM
+from vision_ssm.engine.training.runner import AutocastOptimWrapper
+from vision_ssm.engine.video.next_frame import FrameMSE, FramePrediction, FramePSNR, FrameSSIM
 from vision_ssm.video import NextFrame
 
 with read_base():

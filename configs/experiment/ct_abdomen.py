@@ -14,7 +14,7 @@ from vision_ssm.data.layouts import one_case
 from vision_ssm.data.patches import Patches
 from vision_ssm.data.volumes import LoadVolumed
 from vision_ssm.engine.metrics import HD95, Dice
-from vision_ssm.engine.runner import AutocastOptimWrapper
+from vision_ssm.engine.training.runner import AutocastOptimWrapper
 
 with read_base():
     from .._base_.entrants import *

@@ -2,7 +2,7 @@
 
 from mmengine.config import read_base
 
-from vision_ssm.engine.runner import AutocastOptimWrapper
+from vision_ssm.engine.training.runner import AutocastOptimWrapper
 
 with read_base():
     from .._base_.deep_grey_3d import *

@@ -5,7 +5,7 @@ In one process it is ``brats_segmamba``.
 
 from mmengine.config import read_base
 
-from vision_ssm.engine.parallel import sharded
+from vision_ssm.engine.training.parallel import sharded
 
 with read_base():
     from .brats_segmamba import *

@@ -12,9 +12,9 @@ from torch.optim import AdamW
 from vision_ssm.data.augment import RandomAffine, RandomIntensity
 from vision_ssm.data.cine import CineSlices, acdc_cines
 from vision_ssm.data.draws import Draws
-from vision_ssm.engine.clips import CineSegmentation
 from vision_ssm.engine.metrics import Dice
-from vision_ssm.engine.runner import AutocastOptimWrapper
+from vision_ssm.engine.training.runner import AutocastOptimWrapper
+from vision_ssm.engine.video.clips import CineSegmentation
 from vision_ssm.segmentation import CineUNet, SSMUNet
 
 with read_base():

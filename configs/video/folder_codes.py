@@ -7,7 +7,7 @@ The tokenizer comes first: vision-ssm train video/folder_vq --set data_root=VIDE
 
 from mmengine.config import read_base
 
-from vision_ssm.engine.video_codes import CodePrediction
+from vision_ssm.engine.video.codes import CodePrediction
 from vision_ssm.video import CodedVideo, NextCode, VQAutoencoder, convs5_stack
 
 with read_base():

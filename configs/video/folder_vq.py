@@ -7,7 +7,7 @@ The folder is laid out as ``folder_convs5`` says. Frames are learnt one by one, 
 
 from mmengine.config import read_base
 
-from vision_ssm.engine.video_codes import CodeUsage, Tokenization
+from vision_ssm.engine.video.codes import CodeUsage, Tokenization
 from vision_ssm.video import VQAutoencoder
 
 with read_base():

@@ -11,8 +11,8 @@ from torch.optim import AdamW
 from vision_ssm.data.draws import Draws
 from vision_ssm.data.images import mnist5k
 from vision_ssm.data.moving_digits import MovingDigits
-from vision_ssm.engine.clips import ClipClassification
 from vision_ssm.engine.metrics import Accuracy
+from vision_ssm.engine.video.clips import ClipClassification
 from vision_ssm.video import ClipClassifier
 
 with read_base():

@@ -5,7 +5,7 @@ Frames are learnt one by one, from short clips; the schedule is ours.
 
 from mmengine.config import read_base
 
-from vision_ssm.engine.video_codes import CodeUsage, Tokenization
+from vision_ssm.engine.video.codes import CodeUsage, Tokenization
 from vision_ssm.video import VQAutoencoder
 
 with read_base():

@@ -2,7 +2,7 @@
 
 from mmengine.config import read_base
 
-from vision_ssm.engine.video_codes import CodeUsage, Tokenization
+from vision_ssm.engine.video.codes import CodeUsage, Tokenization
 from vision_ssm.video import VQAutoencoder
 
 with read_base():

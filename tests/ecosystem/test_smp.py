@@ -68,7 +68,7 @@ def test_weights_that_do_not_exist_are_an_error(name):
 
 
 def test_compiles_and_exports():
-    """One backbone stands for all: tests/test_backbones.py compiles and exports each of them."""
+    """One backbone stands for all: tests/backbones/test_backbones.py compiles and exports each of them."""
     net = encoder("test_vmamba").eval()
     compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="eager")
     x = torch.randn(1, 3, 64, 96)

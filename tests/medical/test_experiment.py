@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from vision_ssm.engine.benchmark.rows import Environment
-from vision_ssm.engine.comparison import compare, difference, interval, render
 from vision_ssm.engine.config import build, load_config
-from vision_ssm.engine.experiment import Job, Run, append, jobs, network_of, perform, read_runs, share
+from vision_ssm.engine.experiment.comparison import compare, difference, interval, render
+from vision_ssm.engine.experiment.runs import Job, Run, append, jobs, network_of, perform, read_runs, share
 from vision_ssm.engine.tasks import count_parameters
 from vision_ssm.tools.__main__ import main as vision_ssm
 

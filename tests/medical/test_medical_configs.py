@@ -5,8 +5,8 @@ import torch
 
 from vision_ssm.engine.checkpoint import load_into, read_state, save_weights
 from vision_ssm.engine.config import build, config_names, load_config
-from vision_ssm.engine.regions import RegionDice, RegionLoss
-from vision_ssm.engine.runner import build_loader, build_runner
+from vision_ssm.engine.segmentation.regions import RegionDice, RegionLoss
+from vision_ssm.engine.training.build import build_loader, build_runner
 
 NETS = {
     "basic_unet": ("features=(4, 4, 4, 4, 4, 4)",),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vision_ssm.engine.profile import kept_bytes
+from vision_ssm.engine.benchmark.profile import kept_bytes
 from vision_ssm.layers import TemporalStack
 from vision_ssm.video import ConvLSTM, FrameTransformer, NextFrame, convs5_stack
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from vision_ssm.engine.clips import CineSegmentation
 from vision_ssm.engine.config import build, load_config
-from vision_ssm.engine.runner import build_loader
+from vision_ssm.engine.training.build import build_loader
+from vision_ssm.engine.video.clips import CineSegmentation
 from vision_ssm.segmentation import CineUNet, SSMUNet
 from vision_ssm.video.mixers import TEMPORAL_MIXERS
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vision_ssm.engine.clips import ClipClassification
 from vision_ssm.engine.config import build, load_config
-from vision_ssm.engine.runner import build_loader
+from vision_ssm.engine.training.build import build_loader
+from vision_ssm.engine.video.clips import ClipClassification
 from vision_ssm.video import ClipClassifier
 from vision_ssm.video.mixers import TEMPORAL_MIXERS
 

@@ -14,11 +14,11 @@ from torch.testing import assert_close
 from vision_ssm.data.draws import Draws
 from vision_ssm.data.video_files import read_video
 from vision_ssm.engine.checkpoint import save_weights
-from vision_ssm.engine.cine import CinePredictor, by_frame
-from vision_ssm.engine.clip_class import classify_file
 from vision_ssm.engine.config import build, load_config
-from vision_ssm.engine.evaluate import load_task
-from vision_ssm.engine.video_file import write_video
+from vision_ssm.engine.training.evaluate import load_task
+from vision_ssm.engine.video.cine import CinePredictor, by_frame
+from vision_ssm.engine.video.classification import classify_file
+from vision_ssm.engine.video.encoding import write_video
 from vision_ssm.tools import __main__ as cli
 
 HEADING, CINE = "video/moving_digits_heading", "video/acdc_cine_unet"
@@ -56,7 +56,7 @@ def heading(tmp_path_factory) -> Path:
 def test_predict_says_what_a_clip_shows(heading, tmp_path, capsys, monkeypatch):
     write_video(tmp_path / "in.mkv", torch.rand(7, 3, 40, 48) * 2 - 1, 5)
     out = tmp_path / "out.json"
-    monkeypatch.setattr("vision_ssm.engine.clip_class.PIECE", 3)  # the state goes from piece to piece
+    monkeypatch.setattr("vision_ssm.engine.video.classification.PIECE", 3)  # the state goes from piece to piece
     command = ["predict", HEADING, str(heading), str(tmp_path / "in.mkv"), str(out)]
     assert cli.main([*command, "--set", *NARROW]) == 0
     found = json.loads(out.read_text())

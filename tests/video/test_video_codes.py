@@ -13,9 +13,9 @@ from torch.testing import assert_close
 
 from vision_ssm.engine.checkpoint import save_weights
 from vision_ssm.engine.config import build, load_config
-from vision_ssm.engine.evaluate import load_task
-from vision_ssm.engine.train import train
-from vision_ssm.engine.video_codes import CodePrediction, CodeUsage, Tokenization, usage
+from vision_ssm.engine.training.evaluate import load_task
+from vision_ssm.engine.training.train import train
+from vision_ssm.engine.video.codes import CodePrediction, CodeUsage, Tokenization, usage
 from vision_ssm.tools import __main__ as cli
 from vision_ssm.video import CodedVideo, NextCode, VQAutoencoder, code_loss, convs5_stack
 

@@ -22,7 +22,7 @@ from vision_ssm.data.images import mnist
 from vision_ssm.data.moving_digits import MovingDigits
 from vision_ssm.data.video_files import index_video, read_clip, read_video
 from vision_ssm.data.video_folder import VideoFolder, video_paths
-from vision_ssm.engine.video_file import ENCODINGS, write_video
+from vision_ssm.engine.video.encoding import ENCODINGS, write_video
 
 av = pytest.importorskip("av")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from vision_ssm.engine.benchmark.rows import Environment
-from vision_ssm.engine.comparison import compare, render
 from vision_ssm.engine.config import build, load_config
-from vision_ssm.engine.experiment import Run, network_of, read_runs
-from vision_ssm.engine.video import FrameMSE
+from vision_ssm.engine.experiment.comparison import compare, render
+from vision_ssm.engine.experiment.runs import Run, network_of, read_runs
+from vision_ssm.engine.video.next_frame import FrameMSE
 from vision_ssm.tools.__main__ import main as vision_ssm
 
 TINY = str(Path(__file__).parents[1] / "fixtures" / "tiny_video_experiment.py")

@@ -21,11 +21,11 @@ from torchvision.models import AlexNet_Weights, alexnet
 from vision_ssm.data.video_files import read_video
 from vision_ssm.engine.checkpoint import save_weights
 from vision_ssm.engine.config import build, load_config
-from vision_ssm.engine.evaluate import evaluate, load_task
-from vision_ssm.engine.perceptual import ClipFeatures, NotMeasured, frechet_distance, lpips
-from vision_ssm.engine.runner import spanning
-from vision_ssm.engine.video import FramePrediction, mse, psnr, ssim
-from vision_ssm.engine.video_file import write_video
+from vision_ssm.engine.training.build import spanning
+from vision_ssm.engine.training.evaluate import evaluate, load_task
+from vision_ssm.engine.video.encoding import write_video
+from vision_ssm.engine.video.next_frame import FramePrediction, mse, psnr, ssim
+from vision_ssm.engine.video.perceptual import ClipFeatures, NotMeasured, frechet_distance, lpips
 from vision_ssm.tools import __main__ as cli
 from vision_ssm.video import MODELS, NextFrame, convs5_stack, pixel_loss
 
@@ -421,17 +421,17 @@ def test_frames_that_are_not_finite_are_not_written(weights, clip, tmp_path, cap
 
 KILLED = """
 import os, signal, sys
-from vision_ssm.engine import video_file
+from vision_ssm.engine.video import encoding
 from vision_ssm.tools.__main__ import main
 
-to_bytes = video_file.to_bytes
+to_bytes = encoding.to_bytes
 
 def dies(frame, shape, number):
     if number == 40:
         os.kill(os.getpid(), signal.SIGKILL)
     return to_bytes(frame, shape, number)
 
-video_file.to_bytes = dies
+encoding.to_bytes = dies
 main(sys.argv[1:])
 """
 
@@ -458,7 +458,7 @@ def test_an_interrupted_video_leaves_the_one_before(weights, clip, tmp_path, mon
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vision_ssm.engine.video_file.to_bytes", interrupted)
+    monkeypatch.setattr("vision_ssm.engine.video.encoding.to_bytes", interrupted)
     assert cli.main([*command, "--overwrite"]) == 130
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

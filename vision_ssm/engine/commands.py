@@ -7,17 +7,17 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.model import BaseModel
 
-from vision_ssm.engine.cine import label_cine, measure_cines
-from vision_ssm.engine.clip_class import classify_file
-from vision_ssm.engine.clips import CineSegmentation, ClipClassification
 from vision_ssm.engine.config import config_name, resolve
-from vision_ssm.engine.continuation import continue_file
-from vision_ssm.engine.evaluate import measure_checkpoint, measure_folder
-from vision_ssm.engine.predict import label
-from vision_ssm.engine.rollouts import measure_rollouts
+from vision_ssm.engine.segmentation.measures import measure_checkpoint, measure_folder
+from vision_ssm.engine.segmentation.predict import label
 from vision_ssm.engine.tasks import Segmentation
-from vision_ssm.engine.video import FramePrediction
-from vision_ssm.engine.video_codes import Tokenization, measure_reconstructions
+from vision_ssm.engine.video.cine import label_cine, measure_cines
+from vision_ssm.engine.video.classification import classify_file
+from vision_ssm.engine.video.clips import CineSegmentation, ClipClassification
+from vision_ssm.engine.video.codes import Tokenization, measure_reconstructions
+from vision_ssm.engine.video.continuation import continue_file
+from vision_ssm.engine.video.next_frame import FramePrediction
+from vision_ssm.engine.video.rollouts import measure_rollouts
 
 __all__ = ["COMPARISONS", "MEASURES", "PREDICTIONS", "call"]
 

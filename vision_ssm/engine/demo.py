@@ -15,12 +15,14 @@ from vision_ssm._version import __version__
 from vision_ssm.data.deep_grey import deep_grey_files
 from vision_ssm.engine.checkpoint import write_json
 from vision_ssm.engine.config import build, load_config
-from vision_ssm.engine.figures import Shown, curves, overlays, save_figure
-from vision_ssm.engine.predict import predict_file
-from vision_ssm.engine.predictor import Predictor
+from vision_ssm.engine.figures import curves, save_figure
 from vision_ssm.engine.report import score_rows, write_report
-from vision_ssm.engine.runner import device, prepare_folder
-from vision_ssm.engine.train import TrainingResult, train
+from vision_ssm.engine.segmentation.overlays import Shown, overlays
+from vision_ssm.engine.segmentation.predict import predict_file
+from vision_ssm.engine.segmentation.predictor import Predictor
+from vision_ssm.engine.training.build import prepare_folder
+from vision_ssm.engine.training.device import device
+from vision_ssm.engine.training.train import TrainingResult, train
 
 __all__ = ["CONFIG", "run_demo"]
 

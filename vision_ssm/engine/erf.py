@@ -14,6 +14,9 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
@@ -22,7 +25,7 @@ from vision_ssm.engine.benchmark.jobs import create
 from vision_ssm.engine.checkpoint import write_atomically
 from vision_ssm.model_zoo import checkpoints
 
-__all__ = ["PARTS", "Field", "average", "initial", "outputs", "pictures", "trained", "write_areas"]
+__all__ = ["PARTS", "Field", "average", "initial", "outputs", "pictures", "receptive_fields", "trained", "write_areas"]
 
 PARTS = (0.2, 0.5, 0.99)
 """Parts of the total whose areas are told."""
@@ -178,3 +181,28 @@ def write_areas(path: Path, fields: Mapping[str, Field], about: Mapping[str, str
     measured = {title: {"samples": field.samples, "areas": field.areas()} for title, field in fields.items()}
     text = json.dumps({**about, "fields": measured}, indent=2, ensure_ascii=False)
     write_atomically(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+
+
+def receptive_fields(fields: Mapping[str, Field], title: str) -> Figure:
+    """Each field on a logarithmic scale relative to its strongest pixel, with the squares that ``areas`` measures."""
+    figure = Figure(figsize=(4.4 * len(fields) + 1, 4.8), layout="constrained")
+    panels = figure.subplots(1, len(fields), squeeze=False)[0]
+    scale = LogNorm(1e-6, 1, clip=True)
+    for axes, (name, field) in zip(panels, fields.items(), strict=True):
+        relative = field.shares / field.shares.max()
+        height, width = relative.shape
+        drawn = axes.imshow(relative, norm=scale, cmap="viridis", extent=(0, width, height, 0), interpolation="nearest")
+        row, column = field.centre
+        for part in PARTS:
+            half = field.radius(part) + 0.5  # to the edge of the pixels
+            square = Rectangle(
+                (column - half, row - half), 2 * half, 2 * half, fill=False, color="white", linewidth=0.8
+            )
+            axes.add_patch(square)
+        areas = ", ".join(f"{part} in {area:.1%}" for part, area in field.areas().items())
+        axes.set_title(f"{name}, mean of {field.samples}\n{areas} of the area", fontsize=9)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.colorbar(drawn, ax=panels, label="gradient, relative to the strongest pixel", extend="min")
+    figure.suptitle(title)
+    return figure

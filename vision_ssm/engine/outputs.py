@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vision_ssm.engine.checkpoint import make_writable
 
-__all__ = ["require_outputs"]
+__all__ = ["require_output", "require_outputs"]
 
 
 def require_outputs(outputs: Sequence[Path], source: Path, *, overwrite: bool) -> None:
@@ -32,3 +32,16 @@ def require_outputs(outputs: Sequence[Path], source: Path, *, overwrite: bool) -
     if existing := [str(path) for path in outputs if path.exists() and not overwrite]:
         raise FileExistsError(f"{' and '.join(existing)} exist; choose another output or pass --overwrite")
     make_writable(folder)
+
+
+def require_output(out: Path | None) -> None:
+    """Raises before any work is done if ``out`` cannot be written."""
+    if out is None:
+        return
+    if out.suffix != ".json":
+        raise ValueError(f"output {out} must end in .json; a table (.csv) and a figure (.png) are written beside it")
+    if out.is_dir():
+        raise FileExistsError(f"output {out} is a folder; choose another name")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {out.parent}; create it first")
+    make_writable(out.parent)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from vision_ssm.engine.checkpoint import write_atomically
-from vision_ssm.engine.train import TrainingResult
+from vision_ssm.engine.training.train import TrainingResult
 
 __all__ = ["print_scores", "score_rows", "write_report"]
 

@@ -1,8 +1,9 @@
 """Modules that two or more models share."""
 
-from .convs5 import ConvS5, ConvS5Layer, TemporalStack
+from .convs5 import ConvS5, ConvS5Layer
 from .hydra import Hydra
 from .mixers import MIXERS, find_mixer
+from .over_time import TemporalStack
 from .scan import RoutedScan, pad_grid
 from .ss import SS, SS2D, SS3D
 

@@ -4,29 +4,37 @@ Smith et al., "Convolutional State Space Models for Long-Range Spatiotemporal Mo
 arXiv:2310.19694. Differences from the release: complex numbers are pairs of real ones, so that mixed precision and
 compilation work, and exp(λΔ) - 1 is taken without cancellation.
 """
-
 # Shapes: t frames, b clips, h rows, w columns, c channels, p complex states: half of the real size; the other half of
 # the spectrum is its conjugate and is not stored. A complex tensor ends in a pair, as torch.view_as_real makes it.
 
 import copy
 import math
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import SqueezeExcite
-from timm.models import checkpoint
 from torch import Tensor, nn
 
 from vision_ssm.kernels import linear_scan
 from vision_ssm.kernels.pairs import multiply
 
-EPS = 1e-6  # of every norm
+from .convs5_outputs import ResNetOutput
+from .over_time import EPS, check_clip
+
+__all__ = [
+    "LARGEST_REAL",
+    "ConvS5",
+    "ConvS5Layer",
+    "ConvSSM",
+    "DiscreteConvSSM",
+    "check_reset",
+    "discrete",
+    "hippo_legs",
+]
+
 LARGEST_REAL = -1e-4  # of an eigenvalue, where they are clipped
 
-GELU = partial(nn.GELU, approximate="tanh")
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -61,13 +69,6 @@ def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
     """Convolution that keeps the size of maps (n, h, w, c), zero outside; ``kernel`` as conv2d takes it."""
     padding = kernel.shape[-1] // 2
     return F.conv2d(x.movedim(-1, 1), kernel.to(x.dtype), padding=padding).movedim(1, -1)
-
-
-def check_clip(u: Tensor, dim: int) -> torch.Size:
-    """Raises ValueError unless ``u`` is (t, b, h, w, dim) with no empty axis; returns (t, b, h, w)."""
-    if u.ndim != 5 or u.shape[-1] != dim or 0 in u.shape:
-        raise ValueError(f"clips must be (frames, clips, height, width, {dim}) and not empty; got {tuple(u.shape)}")
-    return u.shape[:-1]
 
 
 def check_reset(reset: Tensor | None, first: int, second: int) -> None:
@@ -208,79 +209,6 @@ def _recur(
     return _convolve(x.flatten(0, 1).flatten(-2), outward).reshape(u.shape), last
 
 
-class ResNetOutput(nn.Module):
-    """act(y + conv(act(norm(conv(act(norm(y))))))), in all published models; the input u has no path of its own.
-
-    Args:
-        dim: channels c.
-        groups: groups of the norms.
-        kernel: size of both convolutions, odd.
-        activation: makes the activations.
-
-    Shapes: y, u (n, c, h, w) -> (n, c, h, w).
-    """
-
-    def __init__(
-        self, dim: int, *, groups: int = 32, kernel: int = 3, activation: Callable[[], nn.Module] = GELU
-    ) -> None:
-        super().__init__()
-        self.act = activation()
-        self.norm1 = nn.GroupNorm(groups, dim, eps=EPS)
-        self.conv1 = nn.Conv2d(dim, dim, kernel, padding=kernel // 2)
-        self.norm2 = nn.GroupNorm(groups, dim, eps=EPS)
-        self.conv2 = nn.Conv2d(dim, dim, kernel, padding=kernel // 2)
-
-    def forward(self, y: Tensor, u: Tensor) -> Tensor:
-        inner = self.conv1(self.act(self.norm1(y)))
-        return self.act(y + self.conv2(self.act(self.norm2(inner))))
-
-
-class StandardOutput(nn.Module):
-    """act(norm(y + conv(u))), then squeeze and excitation where asked for.
-
-    Args:
-        dim: channels c.
-        groups: groups of the norm.
-        kernel: size of the convolution D, odd.
-        activation: makes the activation.
-        squeeze: weigh channels by their means over the map.
-
-    Shapes: y, u (n, c, h, w) -> (n, c, h, w).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        groups: int = 32,
-        kernel: int = 3,
-        activation: Callable[[], nn.Module] = GELU,
-        squeeze: bool = False,
-    ) -> None:
-        super().__init__()
-        self.D = nn.Conv2d(dim, dim, kernel, padding=kernel // 2)
-        self.norm = nn.GroupNorm(groups, dim, eps=EPS)
-        self.act = activation()
-        self.squeeze = SqueezeExcite(dim, rd_channels=max(dim // 16, 4)) if squeeze else nn.Identity()
-
-    def forward(self, y: Tensor, u: Tensor) -> Tensor:
-        return self.squeeze(self.act(self.norm(y + self.D(u))))
-
-
-class HalfGLUOutput(nn.Module):
-    """g sigmoid(linear(g)) with g = GELU(norm(y)): y, u (n, c, h, w) -> (n, c, h, w)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=EPS)
-        self.act = GELU()
-        self.gate = nn.Linear(dim, dim)
-
-    def forward(self, y: Tensor, u: Tensor) -> Tensor:
-        y = self.act(self.norm(y.movedim(1, -1)))
-        return (y * torch.sigmoid(self.gate(y))).movedim(-1, 1)
-
-
 class ConvS5(nn.Module):
     """The convolutional state-space model and its non-linear output block.
 
@@ -342,49 +270,3 @@ class ConvS5Layer(nn.Module):
     def forward(self, u: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, state = self.mixer(self.norm(u) if self.prenorm else u, state, reset)
         return (u + y if self.prenorm else self.norm(u + y)), state
-
-
-State = tuple[Tensor, ...]
-"""States of all layers of a stack."""
-
-
-class TemporalStack(nn.Module):
-    """Layers over time in series, each with a state of its own.
-
-    Args:
-        layers: the layers, called as layer(u, state, reset) for outputs and the last state.
-
-    Shapes: u (t, b, h, w, c), states of all layers or none for zeros, and reset (t, b) -> (t, b, h, w, c) and the last
-    states.
-
-    Raises:
-        ValueError: as many states as layers are needed.
-    """
-
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.grad_checkpointing = False
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Of each layer, keep only what enters for the backward pass, and compute the rest a second time."""
-        self.grad_checkpointing = enable
-
-    def forward(self, u: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
-        if state is not None and (isinstance(state, Tensor) or len(state) != len(self.layers)):
-            got = "a tensor" if isinstance(state, Tensor) else len(state)
-            raise ValueError(f"{len(self.layers)} layers need as many states; got {got}. Is it another model's?")
-        u = u.contiguous()  # channels last, for convolutions and the scan, which would otherwise copy in each layer
-        last = []
-        for layer, before in zip(self.layers, state or [None] * len(self.layers), strict=True):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                u, after = checkpoint(layer, u, before, reset)
-            else:
-                u, after = layer(u, before, reset)
-            last.append(after)
-        return u, tuple(last)
-
-    def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """One frame: x (b, h, w, c) and states -> (b, h, w, c) and the next states."""
-        y, state = self(x[None], state)
-        return y[0], state

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from vision_ssm.layers.convs5 import State, check_reset
+from vision_ssm.layers.convs5 import check_reset
+from vision_ssm.layers.over_time import State
 from vision_ssm.segmentation.unet import SSMUNet
 from vision_ssm.video.mixers import TemporalMixer, temporal_mixer
 

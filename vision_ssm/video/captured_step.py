@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vision_ssm.layers.convs5 import State
+from vision_ssm.layers.over_time import State
 from vision_ssm.video.next_map import Step
 
 

@@ -7,7 +7,8 @@ from typing import Any, cast
 import timm
 from torch import Tensor, nn
 
-from vision_ssm.layers.convs5 import EPS, State, check_reset
+from vision_ssm.layers.convs5 import check_reset
+from vision_ssm.layers.over_time import EPS, State
 from vision_ssm.video.mixers import TemporalMixer, temporal_mixer
 
 

@@ -9,7 +9,8 @@ arXiv:1506.04214, without peepholes. Layers have the skip and the norm of ConvS5
 import torch
 from torch import Tensor, nn
 
-from vision_ssm.layers.convs5 import EPS, check_clip, check_reset
+from vision_ssm.layers.convs5 import check_reset
+from vision_ssm.layers.over_time import EPS, check_clip
 
 
 class ConvLSTM(nn.Module):

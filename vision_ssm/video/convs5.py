@@ -6,7 +6,9 @@ arXiv:2310.19694.
 
 from functools import partial
 
-from vision_ssm.layers.convs5 import ConvS5, ConvS5Layer, ResNetOutput, TemporalStack
+from vision_ssm.layers.convs5 import ConvS5, ConvS5Layer
+from vision_ssm.layers.convs5_outputs import ResNetOutput
+from vision_ssm.layers.over_time import TemporalStack
 
 
 def convs5_stack(

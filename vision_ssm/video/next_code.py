@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision_ssm.layers.convs5 import State
+from vision_ssm.layers.over_time import State
 from vision_ssm.video.next_frame import check_frames, check_widths, frame_decoder, frame_encoder
 from vision_ssm.video.next_map import AT_ONCE, MASKED, NextMap, Rollout, collect
 from vision_ssm.video.tokenizer import Tokenizer, check_codes

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from vision_ssm.layers.convs5 import EPS
+from vision_ssm.layers.over_time import EPS
 from vision_ssm.video.next_map import NextMap
 
 GROUPS = 32  # of the norms in encoder and decoder

@@ -16,7 +16,8 @@ import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from vision_ssm.layers.convs5 import State, check_reset, discrete
+from vision_ssm.layers.convs5 import check_reset, discrete
+from vision_ssm.layers.over_time import State
 
 MASKED = -1  # the action, or the code, of what is not known
 AT_ONCE = 300  # maps that go through an encoder or decoder at once, where all would not fit; 8 clips of 300 are 8 times

@@ -15,7 +15,7 @@ from timm.layers import Mlp, build_sincos2d_pos_embed
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from vision_ssm.layers.convs5 import EPS, State, check_clip
+from vision_ssm.layers.over_time import EPS, State, check_clip
 
 
 def place_in_time(first: int, frames: int, width: int, device: torch.device) -> Tensor:

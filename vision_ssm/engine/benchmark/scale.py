@@ -17,9 +17,10 @@ from monai.losses import DeepSupervisionLoss, DiceCELoss
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from vision_ssm.engine.parallel import replicated, sharded
-from vision_ssm.engine.runner import AutocastOptimWrapper, device, join_group
 from vision_ssm.engine.tasks import Classification, Segmentation
+from vision_ssm.engine.training.device import device, join_group
+from vision_ssm.engine.training.parallel import replicated, sharded
+from vision_ssm.engine.training.runner import AutocastOptimWrapper
 from vision_ssm.segmentation import SegMamba
 
 from .jobs import create

@@ -1,0 +1,1 @@
+"""Label maps: predicted, measured, drawn, and bundled with their network."""

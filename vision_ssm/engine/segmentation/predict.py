@@ -1,0 +1,273 @@
+"""Label maps for new volumes, on the volumes' own grids, one at a time or a folder of them."""
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from mmengine.config import Config
+from nibabel.filebasedimages import ImageFileError
+from rich.console import Console
+from rich.progress import track
+
+from vision_ssm.data.dicom import read_series
+from vision_ssm.engine.checkpoint import make_writable, write_atomically
+from vision_ssm.engine.figures import save_figure
+from vision_ssm.engine.outputs import require_outputs
+from vision_ssm.engine.segmentation.cases import Case, find_cases, nifti_suffix
+from vision_ssm.engine.segmentation.overlays import overlays, upright
+from vision_ssm.engine.segmentation.predictor import Predictor
+from vision_ssm.engine.segmentation.volumes import read_volumes, volumes, write_volumes
+from vision_ssm.engine.training.evaluate import load_task
+
+__all__ = ["Batch", "Outputs", "label", "on_grid", "predict_file", "predict_folder"]
+
+QFORM = ("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
+
+
+SFORM = ("sform_code", "srow_x", "srow_y", "srow_z")
+
+
+GRID = ("pixdim", "xyzt_units", *QFORM, *SFORM)  # fields of a NIfTI header that place voxels in space
+
+
+FAILURES = (ValueError, TypeError, LookupError, OSError, RuntimeError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Files of one case; the label map is written last, so where it is, all are.
+
+    Attributes:
+        labels: NIfTI file of uint8 classes (x, y, z), or uint16 if there are more than 255.
+        overlay: PNG of the labels over the image.
+        probabilities: NIfTI file (x, y, z, classes), or None if it is not asked for.
+        volumes: CSV of the millilitres of each class; a folder's cases share one.
+    """
+
+    labels: Path
+    overlay: Path
+    probabilities: Path | None
+    volumes: Path
+
+    @classmethod
+    def beside(cls, labels: Path, *, probabilities: bool) -> "Outputs":
+        """Those of a lone label map."""
+        name = labels.name.removesuffix(nifti_suffix(labels) or "")
+        chances = labels.with_name(f"{name}_probabilities.nii.gz") if probabilities else None
+        return cls(labels, labels.with_name(f"{name}.png"), chances, labels.with_name(f"{name}.csv"))
+
+    @classmethod
+    def within(cls, folder: Path, case: str, *, probabilities: bool) -> "Outputs":
+        """Those of a case in a folder: label maps lie in it, all else in folders of their own."""
+        chances = folder / "probabilities" / f"{case}.nii.gz" if probabilities else None
+        return cls(folder / f"{case}.nii.gz", folder / "overlays" / f"{case}.png", chances, folder / "volumes.csv")
+
+    def maps(self) -> list[Path]:
+        return [path for path in (self.labels, self.overlay, self.probabilities) if path]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What became of the cases of a folder.
+
+    Attributes:
+        written: names of those that were labelled now.
+        kept: names of those that had been labelled before.
+        failed: name of each other case -> why.
+    """
+
+    written: list[str]
+    kept: list[str]
+    failed: dict[str, str]
+
+
+def label(
+    config: Config,
+    checkpoint: Path,
+    source: Path,
+    target: Path,
+    *,
+    console: Console,
+    overwrite: bool = False,
+    probabilities: bool = False,
+    flips: str = "",
+) -> int:
+    """Labels a volume, or every case of a folder, by a checkpoint of a config; 1 if a case of a folder failed, else 0.
+
+    Args:
+        target: a label map (.nii or .nii.gz), see ``predict_file``; or a folder, see ``predict_folder``.
+        console: where the progress goes; failures go to stderr.
+        flips: see ``Predictor``.
+
+    Raises:
+        FileExistsError, PermissionError, FileNotFoundError, ValueError: see these.
+    """
+    predictor = Predictor(config, load_task(config, checkpoint), flips=flips)
+    if nifti_suffix(target) or (target.suffix and not target.exists()):
+        written = predict_file(predictor, source, target, probabilities=probabilities, overwrite=overwrite)
+        console.print(f"labels:  {written.labels}\noverlay: {written.overlay}\nvolumes: {written.volumes}")
+        return 0
+    batch = predict_folder(predictor, source, target, console=console, probabilities=probabilities, overwrite=overwrite)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    for case, reason in batch.failed.items():
+        errors.print(f"vision-ssm: {case} failed: {reason}")
+    counts = f"{len(batch.written)} labelled, {len(batch.kept)} kept from before, {len(batch.failed)} failed"
+    console.print(f"{counts}; labels, overlays and volumes are in {target}")
+    return 1 if batch.failed else 0
+
+
+def predict_file(
+    predictor: Predictor, source: Path, target: Path, *, probabilities: bool = False, overwrite: bool = False
+) -> Outputs:
+    """Labels ``source`` and writes the map to ``target``, its overlay and its volumes beside it.
+
+    Args:
+        source: a NIfTI file, the folder of a DICOM series, or of the channels of one case.
+        target: a path that ends in .nii or .nii.gz.
+        probabilities: write them too.
+        overwrite: replace files that exist.
+
+    Raises:
+        FileExistsError: an output exists and ``overwrite`` is off.
+        PermissionError: the folder of ``target`` cannot be written.
+        FileNotFoundError, ValueError: the volume is missing or unreadable or several, ``target`` is no NIfTI name, or
+            its folder is missing.
+    """
+    if nifti_suffix(target) is None:
+        raise ValueError(f"output {target} must end in .nii or .nii.gz, or be a folder that exists")
+    outputs = Outputs.beside(target, probabilities=probabilities)
+    require_outputs([*outputs.maps(), outputs.volumes], source, overwrite=overwrite)
+    case, *others = find_cases(source, predictor.modalities)
+    if others:
+        raise ValueError(f"{source} holds {len(others) + 1} cases; give a folder instead of {target} for their labels")
+    write_volumes(outputs.volumes, {case.name: write_case(predictor, case, outputs)})
+    return outputs
+
+
+def predict_folder(
+    predictor: Predictor,
+    source: Path,
+    folder: Path,
+    *,
+    console: Console,
+    probabilities: bool = False,
+    overwrite: bool = False,
+) -> Batch:
+    """Labels every case of ``source`` into ``folder``, which is made if need be; cases that it holds already are kept.
+
+    A case that fails is left out and named in the result. Killed at any moment, the same call goes on where it was.
+
+    Args:
+        source: see ``find_cases``.
+        folder: outside ``source``.
+        console: where the progress goes.
+        probabilities: write them too.
+        overwrite: label all cases anew.
+
+    Raises:
+        FileExistsError: ``folder`` holds a label map of one of these names that is not by this very predictor, and
+            ``overwrite`` is off.
+        PermissionError: ``folder`` cannot be written.
+        FileNotFoundError, ValueError: ``folder`` lies among the images, or ``source`` has no cases.
+    """
+    require_apart(folder, source)
+    cases = find_cases(source, predictor.modalities)
+    outputs = {case.name: Outputs.within(folder, case.name, probabilities=probabilities) for case in cases}
+    if not overwrite:
+        require_own(predictor, [one.labels for one in outputs.values()])
+    make_folders(folder, outputs.values())
+    if overwrite:
+        for one in outputs.values():
+            one.labels.unlink(missing_ok=True)  # an older one would pass for finished, if this call were killed
+
+    rows = read_volumes(folder / "volumes.csv")
+    batch = Batch([], [], {})
+    for case in track(cases, "labelling", console=console, disable=not console.is_terminal):
+        one = outputs[case.name]
+        finished = all(path.exists() for path in one.maps())
+        try:
+            if not finished:
+                rows[case.name] = write_case(predictor, case, one)
+            elif case.name not in rows:
+                rows[case.name] = volumes(case.name, nibabel.load(one.labels), predictor.classes)
+            write_volumes(one.volumes, rows)
+        except FAILURES as error:
+            batch.failed[case.name] = " ".join(str(error).split()) or type(error).__name__
+        else:
+            (batch.kept if finished else batch.written).append(case.name)
+        if not console.is_terminal:
+            console.print(f"{case.name}: {'failed' if case.name in batch.failed else 'done'}")
+    return batch
+
+
+def require_apart(folder: Path, source: Path) -> None:
+    """Raises ValueError if label maps would lie among the images, and be taken for images the next time."""
+    images = source.resolve() if source.is_dir() else source.resolve().parent
+    place = folder.resolve()
+    if place == images or (source.is_dir() and place.is_relative_to(images)):
+        raise ValueError(f"output {folder} lies among the images in {images}; choose a folder outside")
+
+
+def require_own(predictor: Predictor, maps: Iterable[Path]) -> None:
+    """Raises FileExistsError unless every map that exists is by this network with these settings."""
+    for path in filter(Path.exists, maps):
+        try:
+            image: Any = nibabel.load(path)
+            mark = image.header["descrip"].item().decode("ascii", "replace")
+        except (ImageFileError, ValueError, OSError):
+            mark = ""
+        if mark != predictor.mark:
+            raise FileExistsError(
+                f"{path} exists and is not by these weights with this config and these flips; choose another "
+                "folder, or pass --overwrite to label its case anew"
+            )
+
+
+def make_folders(folder: Path, outputs: Iterable[Outputs]) -> None:
+    for needed in dict.fromkeys([folder, *(path.parent for one in outputs for path in one.maps())]):
+        make_writable(needed)
+
+
+def write_case(predictor: Predictor, case: Case, outputs: Outputs) -> list[dict[str, Any]]:
+    """Labels one case and writes its maps, the labels last; returns its rows of the table of volumes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        images = [as_nifti(path, Path(scratch)) for path in case.images()]
+        chances = predictor(images)
+        source: Any = nibabel.load(images[0])
+        background = np.asarray(source.dataobj, dtype=np.float32)
+    if background.ndim == 4:  # all channels in one file
+        background = background[..., 0]
+    labels = chances.argmax(axis=0).astype(np.min_scalar_type(len(chances) - 1))
+    image = on_grid(labels, source, predictor.mark)
+    shown = upright(background, {"prediction": labels}, source.affine)
+    save_figure(outputs.overlay, overlays({"": shown}, predictor.classes))
+    if outputs.probabilities:
+        maps = on_grid(np.moveaxis(chances, 0, -1), source, predictor.mark)
+        write_atomically(outputs.probabilities, lambda partial: nibabel.save(maps, partial))
+    write_atomically(outputs.labels, lambda partial: nibabel.save(image, partial))
+    return volumes(case.name, image, predictor.classes)
+
+
+def as_nifti(path: Path, scratch: Path) -> Path:
+    """The path itself, or of a DICOM series a NIfTI file in ``scratch``: configs read one format."""
+    if not path.is_dir():
+        return path
+    voxels, affine = read_series(path)
+    converted = scratch / f"{len(list(scratch.iterdir()))}.nii"
+    nibabel.save(nibabel.Nifti1Image(voxels, affine), converted)
+    return converted
+
+
+def on_grid(voxels: np.ndarray, source: Any, mark: str) -> nibabel.Nifti1Image:
+    """Voxels (x, y, z) or (x, y, z, c) with the very grid of ``source``, both of its transforms included."""
+    header = nibabel.Nifti1Header()
+    for field in GRID:
+        header[field] = source.header[field]
+    header["pixdim"][4:] = 1
+    header["descrip"] = mark
+    header.set_data_dtype(voxels.dtype)
+    return nibabel.Nifti1Image(voxels, source.affine, header)

@@ -1,0 +1,111 @@
+"""A trained network that labels volumes as they lie in their files."""
+# Shapes: b batch, c channels or classes, x y z the grid of a file.
+
+import hashlib
+import itertools
+import json
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.model import BaseModel
+from monai.data import MetaTensor
+from monai.transforms import Compose, Invertd
+from torch import Tensor
+
+from vision_ssm._version import __version__
+from vision_ssm.engine.config import build, config_name, settings
+from vision_ssm.engine.training.device import device
+
+__all__ = ["Predictor", "prepared"]
+
+
+class Predictor:
+    """A trained network that gives every voxel of a file its probabilities.
+
+    Args:
+        config: one that segments volumes.
+        task: built from it, with trained weights, in evaluation mode.
+        flips: axes of the prepared volume, such as "xy"; probabilities are averaged over all flips along them.
+
+    Raises:
+        ValueError: the config has no ``prepare``, so it does not segment volumes, or an axis is none of x, y and z.
+    """
+
+    def __init__(self, config: Config, task: BaseModel, *, flips: str = "") -> None:
+        if "prepare" not in config:
+            raise ValueError(f"config {config_name(config)} does not segment volumes; predict needs one that does")
+        if set(flips) - set("xyz") or len(set(flips)) < len(flips):
+            raise ValueError(f"flips along {flips!r} are none; give some of the axes x, y and z, such as xy")
+        self.task = task
+        self.prepare = Compose(build(config.prepare))
+        self.classes = tuple(config.classes)
+        self.modalities = tuple(config.get("modalities", ()))
+        self.channels = config.model.net.get("in_channels")
+        axes = sorted("xyz".index(axis) + 2 for axis in flips)
+        self.flips = [chosen for n in range(len(axes) + 1) for chosen in itertools.combinations(axes, n)]
+        self.mark = f"vision_ssm {__version__} {digest(config, task, self.flips)}"
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Path]) -> np.ndarray:
+        """Probabilities of background and classes, (c, x, y, z), on the grid of the files; they sum to one.
+
+        Args:
+            images: NIfTI files, one for each channel; or one that holds all of them.
+
+        Raises:
+            FileNotFoundError, ValueError: as the config's ``prepare``; the network takes another number of channels, or
+                its output is not finite.
+        """
+        paths = [str(path) for path in images]
+        item = prepared(self.prepare, {"image": paths[0] if len(paths) == 1 else paths})
+        image = item["image"]
+        if self.channels not in (None, len(image)):
+            raise ValueError(
+                f"{' '.join(paths)} prepared as the config says has {len(image)} channels, the network takes "
+                f"{self.channels}; give all channels of a case, or use the config of these images"
+            )
+        chances = self.averaged(image.as_tensor()[None].to(device()))[0].float().cpu()
+        if not chances.isfinite().all():
+            raise ValueError(f"the network's output for {' '.join(paths)} is not finite; check its weights")
+        item["label"] = MetaTensor(chances, affine=image.affine, applied_operations=image.applied_operations)
+        invert = Invertd(keys="label", transform=self.prepare, orig_keys="image", nearest_interp=False)
+        restored: np.ndarray = invert(item)["label"].numpy()
+        restored[0] += 1 - restored.sum(axis=0)  # what ``prepare`` cut away is background
+        return restored
+
+    def averaged(self, image: Tensor) -> Tensor:
+        """Probabilities (b, c, x, y, z), the mean over the flips."""
+        total = torch.zeros(())
+        for axes in self.flips:
+            logits = self.task.inferer(image.flip(axes), self.task.net)
+            total = total.to(logits.device) + logits.float().softmax(dim=1).flip(axes)
+        return total / len(self.flips)
+
+
+def prepared(prepare: Compose, paths: dict[Hashable, Any]) -> dict[Hashable, Any]:
+    """The item that ``prepare`` makes of paths; its errors are those of the transform that failed, not MONAI's own."""
+    try:
+        item: dict[Hashable, Any] = prepare(paths)
+    except RuntimeError as error:
+        raise error.__cause__ or error from None
+    return item
+
+
+def digest(config: Config, task: BaseModel, flips: Sequence[Sequence[int]]) -> str:
+    """Sixteen hexadecimal digits that stand for all that a label map depends on beside its image."""
+    parts = {key: settings(config)[key] for key in ("model", "prepare", "classes")}
+    text = json.dumps([parts, flips], default=name_of)
+    total = hashlib.sha256(text.encode())
+    for name, value in sorted(task.net.state_dict().items()):
+        total.update(name.encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()[:16]
+
+
+def name_of(part: Any) -> str:
+    """A class or function by its name, without the address that differs from process to process."""
+    return f"{part.__module__}.{part.__qualname__}" if hasattr(part, "__qualname__") else str(part)

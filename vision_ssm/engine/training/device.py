@@ -1,0 +1,37 @@
+"""Where a run computes: its device, and the processes that were started together."""
+
+import torch
+import torch.distributed
+from mmengine.dist import init_dist
+
+__all__ = ["device", "join_group"]
+
+
+def join_group(launcher: str | None = None) -> str:
+    """Joins the processes that were started together: gloo on CPUs, NCCL on GPUs.
+
+    Args:
+        launcher: as mmengine calls it; by default "pytorch" under torchrun, else "none".
+
+    Returns:
+        The launcher.
+
+    Raises:
+        ValueError: it is not what started this process.
+    """
+    launched = torch.distributed.is_torchelastic_launched()
+    launcher = launcher or ("pytorch" if launched else "none")
+    if launcher in ("none", "pytorch") and launched != (launcher == "pytorch"):
+        started = "torchrun started this process" if launched else "torchrun did not start this process"
+        raise ValueError(f"launcher={launcher!r}, but {started}; leave launcher out, it is known by itself")
+    if launcher != "none" and not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            init_dist(launcher)
+        else:  # mmengine would set a CUDA device
+            torch.distributed.init_process_group("gloo")
+    return launcher
+
+
+def device() -> torch.device:
+    """CUDA if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,1 @@
+"""Video: the tasks on clips, what goes on with them, and how far it drifts."""

@@ -1,0 +1,1 @@
+"""Published checkpoints, and the tables of models that are rendered from their cards."""
