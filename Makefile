@@ -29,7 +29,7 @@ dev: $(STAMP)-dev
 	$(BIN)/pre-commit install
 
 test: $(STAMP)-test
-	$(BIN)/python -m pytest --durations=10
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses auto --durations 10
 
 lint: $(STAMP)-dev
 	$(BIN)/ruff check
