@@ -168,6 +168,17 @@ def test_steps_skipped_in_a_row_end_the_run(tmp_path: Path) -> None:
         runner.train()
 
 
+def test_no_more_batches_are_kept_than_the_disk_is_meant_to_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vision_ssm.engine.training.watch.KEPT", 1)
+    settings = ("default_hooks.watch.action=skip", "default_hooks.watch.limit=2")
+    runner = runner_of(tmp_path, *settings, hooks=(Spoil(f"{BLOCK}.mlp", (1, 2, 3)),))
+    with pytest.raises(NonFiniteStep, match=r"Its batch is not kept: \S+nonfinite holds 1 already\. Weights are"):
+        runner.train()
+    assert [path.name for path in (tmp_path / "nonfinite").iterdir()] == ["step_1.pth"]
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of `scheduler.step:UserWarning")  # mmengine's way to accumulate
 def test_an_accumulated_batch_is_named_when_it_comes(tmp_path: Path) -> None:
     remember = Remember()

@@ -25,6 +25,7 @@ __all__ = [
     "find_checkpoint",
     "load_into",
     "make_writable",
+    "publish",
     "read_checkpoint",
     "read_state",
     "require_fit",
@@ -43,9 +44,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
+        publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Gives a file that is on the disk its name, on the disk as well."""
+    partial.replace(path)
     if os.name == "posix":  # elsewhere a folder cannot be opened; its entries are the file system's care
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -89,7 +89,7 @@ class Hydra(nn.Module):
         inner = int(expand * dim)
         heads = inner // head_dim
         if combine not in COMBINATIONS:
-            raise ValueError(f"unknown combination {combine!r}; the combinations are {', '.join(COMBINATIONS)}")
+            raise ValueError(f"unknown combine={combine!r}; the combinations are {', '.join(COMBINATIONS)}")
         if taps % 2 == 0:
             raise ValueError(f"taps must be odd, so that the convolution has a centre; got {taps}")
         if inner % head_dim or heads % groups:

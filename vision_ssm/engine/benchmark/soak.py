@@ -1,5 +1,6 @@
 """A soak: many training steps, each on images of another size, watched for NaN, growing memory and recompilation."""
 
+import mmap
 import random
 import statistics
 import time
@@ -152,4 +153,4 @@ def held(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     pages = Path("/proc/self/statm")
-    return int(pages.read_text().split()[1]) * 4096 if pages.exists() else 0
+    return int(pages.read_text().split()[1]) * mmap.PAGESIZE if pages.exists() else 0

@@ -105,8 +105,10 @@ def unseen(subject: Subject, sides: tuple[int, int] | None) -> Iterator[tuple[in
 
 @torch.no_grad()
 def deviation(net: nn.Module, run: Callable[[Tensor], Tensor], shape: Sequence[int]) -> float:
+    """Largest difference from the net's output on random images of ``shape``, relative to the largest output."""
     image = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     wanted, found = net(image), run(image)
     if found.shape != wanted.shape:
         raise RuntimeError(f"the file gives {tuple(found.shape)} for {tuple(shape)}, the model {tuple(wanted.shape)}")
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    size = wanted.abs().max().clamp(min=torch.finfo(wanted.dtype).tiny)  # a net may give zeros alone
+    return float((found - wanted).abs().max() / size)

@@ -344,8 +344,8 @@ Made with MONAI {metadata["monai_version"]}, PyTorch {metadata["pytorch_version"
 {COMMANDS.strip()}
 ```
 
-ONNX has no operator for the scans of state-space models, so `onnx_export` works for networks without them alone. The
-network was trained by vision_ssm and not by MONAI's trainer: `configs/train.py` is its config. LICENSE is that of the
-code; what applies to the weights depends on the data that they were trained on as well. Nothing here is a medical
-device.
+ONNX has no operator for the scans of state-space models, so MONAI's `onnx_export` works for networks without them
+alone; `vision-ssm export --to onnx` writes the scans in plain operators. The network was trained by vision_ssm and not
+by MONAI's trainer: `configs/train.py` is its config. LICENSE is that of the code; what applies to the weights depends
+on the data that they were trained on as well. Nothing here is a medical device.
 """

@@ -25,6 +25,7 @@ from vision_ssm.engine.training.nonfinite import find_source, finite, random_sta
 __all__ = ["NonFiniteStep", "WatchHook"]
 
 Action = Literal["stop", "skip"]
+KEPT = 10  # batches of a run
 
 
 class NonFiniteStep(RuntimeError):
@@ -121,11 +122,11 @@ class WatchHook(Hook):
         kept = self.keep(Path(runner.work_dir), runner.iter + 1, report)
         self.in_a_row += 1
         if self.action == "skip" and self.in_a_row < self.limit:
-            runner.logger.error(f"{report} The step is skipped; its batch is in {kept}")
+            runner.logger.error(f"{report} The step is skipped. {kept}")
             return
         self.handles.close()
         raise NonFiniteStep(
-            f"{report} Its batch is in {kept}; weights are as before the step. Go on from the last checkpoint with "
+            f"{report} {kept}. Weights are as before the step. Go on from the last checkpoint with "
             "--resume and a lower learning rate, gradients clipped or float32"
             + ("" if self.action == "skip" else "; or default_hooks.watch.action=skip to leave such steps out")
         )
@@ -144,16 +145,17 @@ class WatchHook(Hook):
             buffer.copy_(kept)
         return f"First: {source}." if source else "Repeated in this process, the step is finite."
 
-    def keep(self, work_dir: Path, step: int, report: str) -> Path:
-        """Writes what is needed to repeat the step; no more than ``limit`` batches, lest they fill the disk."""
+    def keep(self, work_dir: Path, step: int, report: str) -> str:
+        """Writes what is needed to repeat the step, and says where; no more than KEPT batches, lest they fill the
+        disk."""
         rank = get_rank()
         path = work_dir / "nonfinite" / f"step_{step}{f'_rank_{rank}' if rank else ''}.pth"
         path.parent.mkdir(exist_ok=True)
         content = {"step": step, "report": report, "batch": plain(self.inputs), "random_state": self.random_state}
-        if len(list(path.parent.glob("step_*.pth"))) >= self.limit:
-            return path.parent.with_name("nonfinite")
+        if len(list(path.parent.glob("step_*.pth"))) >= KEPT:
+            return f"Its batch is not kept: {path.parent} holds {KEPT} already"
         write_atomically(path, lambda partial: torch.save(content, partial))
-        return path
+        return f"Its batch is in {path}"
 
 
 def sound(tensors: list[Tensor]) -> bool:

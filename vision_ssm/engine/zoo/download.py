@@ -21,7 +21,7 @@ from urllib.request import (
 )
 
 from vision_ssm._version import __version__
-from vision_ssm.engine.checkpoint import make_writable
+from vision_ssm.engine.checkpoint import make_writable, publish
 
 __all__ = ["DownloadError", "cache_folder", "download"]
 
@@ -89,7 +89,7 @@ def download(
                 f"{url} has the SHA-256 {found}, not {sha256.lower()}; nothing of it is kept. It may have been damaged "
                 "on its way, replaced by its publisher, or tampered with"
             )
-        partial.replace(target)
+        publish(partial, target)
     finally:
         partial.unlink(missing_ok=True)
 
