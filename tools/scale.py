@@ -33,7 +33,7 @@ def measure(out: Path, suite: str) -> None:
     # torchrun: one voice for all processes
     console = Console(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
     for row in scale.measure(suite, out):
-        console.print(f"{row.subject} {row.case} {row.dtype}: {row.samples_per_s:.4g} samples/s")
+        console.print(f"{row.subject} {row.case} on {row.processes} {row.dtype}: {row.samples_per_s:.4g} samples/s")
     console.print(f"wrote {out}")
 
 
@@ -45,7 +45,8 @@ def compare(files: Sequence[Path]) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     for row, efficiency in efficiencies([row for file in files for row in read_rows(file)]):
-        console.print(f"{row.subject} {row.case} {row.dtype}: {row.samples_per_s:.4g} samples/s, {efficiency:.1%}")
+        speed = f"{row.samples_per_s:.4g} samples/s, {efficiency:.1%}"
+        console.print(f"{row.subject} {row.case} on {row.processes} {row.dtype}: {speed}")
 
 
 def parser() -> argparse.ArgumentParser:

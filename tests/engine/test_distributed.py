@@ -296,9 +296,9 @@ def test_how_training_scales(two, tmp_path, capsys):
     alone = tmp_path / "one.jsonl"
     assert cli.main(["scale", "measure", str(alone), "--suite", "scale_smoke"]) == 0
     rows = read_rows(two / "scale.jsonl")
-    assert [(row.subject, row.case, row.batch) for row in rows] == [
-        ("test_vmamba", "32 px, replicated on 2", 4),
-        ("SegMamba", "16 px, sharded on 2", 2),
+    assert [(row.subject, row.case, row.processes, row.batch) for row in rows] == [
+        ("test_vmamba", "32 px, replicated", 2, 4),
+        ("SegMamba", "16 px, sharded", 2, 2),
     ]
     assert all(row.timing.runs == 3 and row.timing.median_ms > 0 for row in rows)
     threads = [replace(row, environment=rows[0].environment) for row in read_rows(alone)]  # torchrun sets them

@@ -100,6 +100,7 @@ class Row:
         accuracy: of operators.
         clip: of models of video.
         note: what the other fields cannot tell, such as a time that is a sum.
+        processes: that shared the work, where their number was part of the question.
     """
 
     suite: str
@@ -114,6 +115,7 @@ class Row:
     environment: Environment
     clip: Clip | None = None
     note: str = ""
+    processes: int | None = None
 
     @property
     def gb_per_s(self) -> float:

@@ -67,7 +67,8 @@ class ScaleJob:
         step: Any = model.train_step
         return {
             "subject": self.subject,
-            "case": f"{self.sample[-1]} px, {self.wrapper.__name__} on {processes}",
+            "case": f"{self.sample[-1]} px, {self.wrapper.__name__}",
+            "processes": processes,
             "batch": processes * self.batch,
             "direction": STEP,
             "dtype": "bfloat16" if self.mixed else "float32",
@@ -157,18 +158,14 @@ def efficiencies(rows: Sequence[Row]) -> Iterator[tuple[Row, float]]:
     """
 
     def alike(row: Row) -> tuple[Any, ...]:
-        return row.subject, row.case.rpartition(" on ")[0], row.dtype, row.environment
+        return row.subject, row.case, row.dtype, row.environment
 
-    single = {alike(row): row for row in rows if processes(row) == 1}
+    single = {alike(row): row for row in rows if row.processes == 1}
     for row in rows:
-        if processes(row) > 1:
+        if row.processes is not None and row.processes > 1:
             if alike(row) not in single:
                 raise ValueError(
                     f"{row.subject}, {row.case} has no row of one process with the same environment; measure it on the "
                     "same machine and commit, and give both files"
                 )
-            yield row, row.samples_per_s / single[alike(row)].samples_per_s / processes(row)
-
-
-def processes(row: Row) -> int:
-    return int(row.case.rpartition(" on ")[2])
+            yield row, row.samples_per_s / single[alike(row)].samples_per_s / row.processes

@@ -125,7 +125,8 @@ def contact_sheet(
     figure = Figure(figsize=(1.2 * COLUMNS + 0.4, 3 * (1.2 * height / width + 0.3)), layout="constrained")
     grid = figure.subplots(len(rows), COLUMNS, squeeze=False)
     for line, (title, (frames, begin)) in zip(grid, rows.items(), strict=True):
-        for axes, number in zip(line, prediction if title == "truth" else frames, strict=False):
+        shown = prediction if title == "truth" else frames  # truth may end sooner, and a row has room for more
+        for axes, number in zip(line, shown, strict=False):
             if number in frames:
                 axes.imshow(
                     unit(frames[number]).movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
