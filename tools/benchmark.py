@@ -1,8 +1,9 @@
 """Measure a suite and write its rows as JSON lines, or render such files as Markdown tables or draw them.
 
 Suites: cpu (VMamba-T beside Swin-T), ops (operators), models (inference and training; eager, compiled, compiled with
-CUDA graphs), resolution (the same from 224 to 2048 px; compiled at two sizes only), video (training steps and
-generation), smoke (two minutes on a GPU). A long suite is run in pieces with --only; tables take several files.
+CUDA graphs), resolution (the same from 224 to 2048 px; compiled at two sizes only), volumes (3-D networks at 128^3),
+video (training steps and generation), smoke (two minutes on a GPU). A long suite is run in pieces with --only; tables
+take several files.
 
 Examples:
   vision-ssm benchmark --suite smoke --out smoke.jsonl

@@ -13,6 +13,7 @@ from vision_ssm.engine.benchmark.figure import resolution
 from vision_ssm.engine.benchmark.jobs import BOTH, FORWARD, OPERATORS, ModelJob, OperatorJob
 from vision_ssm.engine.benchmark.rows import Accuracy, Environment, Row, Timing, filled, read_rows, render, write_rows
 from vision_ssm.engine.benchmark.timing import describe, measure
+from vision_ssm.engine.benchmark.volumes import VolumeJob
 from vision_ssm.tools.benchmark import main
 from vision_ssm.tools.errors import run
 
@@ -141,7 +142,7 @@ def test_work_is_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_suite_lists_the_suites() -> None:
-    with pytest.raises(ValueError, match="unknown suite 'fast'; suites are cpu, ops, models, resolution, video, smoke"):
+    with pytest.raises(ValueError, match="unknown suite 'fast'; suites are cpu, ops, .*, volumes, video, smoke"):
         benchmark.run("fast")
 
 
@@ -233,6 +234,17 @@ def test_a_copy_of_as_many_bytes_stands_beside_an_operator(device: torch.device)
         assert copy["accuracy"] == replace(ours["accuracy"], error=0)
 
 
+def test_networks_are_measured_on_volumes(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    job = VolumeJob(("segresnet", "ssm_unet_identity"), batch=1, size=16)
+    monkeypatch.setitem(SUITES, "tiny", Suite((job,), seconds=0.01))
+    rows = list(benchmark.run("tiny", device))
+    assert [(r.subject, r.direction) for r in rows] == [
+        (name, direction) for direction in (FORWARD, BOTH) for name in job.networks
+    ]
+    assert {r.side for r in rows} == {None}
+    assert "| segresnet | 1 x 16^3 voxels | bfloat16 | forward |" in render(rows)
+
+
 def test_a_share_of_the_copy_is_rendered(row: Row) -> None:
     copy = replace(row, subject="copy", timing=replace(row.timing, median_ms=1.2))
     graph = replace(row, case="stage1, CUDA graph", timing=replace(row.timing, median_ms=1.5))
@@ -273,7 +285,7 @@ def test_the_command_measures_and_renders(tiny_suite: str, tmp_path: Path, capsy
     [
         (
             ["--suite", "fast", "--out", "rows.jsonl"],
-            "unknown suite 'fast'; suites are cpu, ops, models, resolution, video, smoke",
+            "unknown suite 'fast'; suites are cpu, ops, models, resolution, volumes, video, smoke",
         ),
         (["--suite", "cpu", "--out", "rows.jsonl", "--device", "cuda"], "suite 'cpu' is for cpu"),
         (["render"], "render needs files"),

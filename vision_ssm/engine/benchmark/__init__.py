@@ -10,10 +10,11 @@ from .jobs import RUNS, ModelJob, OperatorJob
 from .rows import Row
 from .timing import describe
 from .video import COMPILED, STEPS, GenerationJob, TrainingJob
+from .volumes import VolumeJob
 
 __all__ = ["SUITES", "Suite", "run"]
 
-Job = OperatorJob | ModelJob | TrainingJob | GenerationJob
+Job = OperatorJob | ModelJob | VolumeJob | TrainingJob | GenerationJob
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Suite:
 _BOTH_WIDTHS = (torch.float32, torch.bfloat16)
 _TINY = ("vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny", "vit_small_patch16_224")
 _FAMILIES = ("efficient_vmamba_small", "vim_small", "hydra_vit_base", "vim2_tiny")
+_VOLUMES = ("ssm_unet", "umamba", "segmamba", "dynunet", "segresnet", "swin_unetr")
+_TWINS = tuple(f"{name}_identity" for name in _VOLUMES[:3])
 _LINEAR_AND_QUADRATIC = ("vmamba_tiny", "vit_small_patch16_224")
 
 _CONVS5, _CONV_LSTM = "convs5_moving_mnist_300", "conv_lstm_moving_mnist"
@@ -72,6 +75,7 @@ SUITES: dict[str, Suite] = {
         ),
         seconds=0.5,
     ),
+    "volumes": Suite((VolumeJob(_VOLUMES + _TWINS),), seconds=1),
     "video": Suite(
         (
             OperatorJob("linear_scan", ("convs5_300",), _BOTH_WIDTHS, beside_copy=True),

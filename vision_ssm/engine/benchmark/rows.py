@@ -90,8 +90,8 @@ class Row:
 
     Args:
         subject: operator or model.
-        case: name of the operator's shapes, the side of the model's image, "224 px" or "224 px, compiled", or the
-            frames of the model's clip, "300 frames, compiled".
+        case: name of the operator's shapes, the side of the model's image, "224 px" or "224 px, compiled", the
+            network's volume, "128^3 voxels", or the frames of the model's clip, "300 frames, compiled".
         batch: samples of one run.
         direction: "forward" or "forward+backward".
         dtype: of the tensors, or of the autocast.
@@ -139,8 +139,9 @@ class Row:
 
     @property
     def side(self) -> int | None:
-        """Side of a timed model's image in pixels; None for an operator and a model of video."""
-        return None if self.accuracy or self.clip or self.timing is None else int(self.case.split(" px")[0])
+        """Side of a timed model's image in pixels; None for all else."""
+        side, unit, _ = self.case.partition(" px")
+        return int(side) if unit and self.timing else None
 
     @property
     def run(self) -> str:
