@@ -142,7 +142,7 @@ def test_work_is_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_suite_lists_the_suites() -> None:
-    with pytest.raises(ValueError, match="unknown suite 'fast'; suites are cpu, ops, .*, volumes, video, smoke"):
+    with pytest.raises(ValueError, match=r"unknown suite 'fast'; suites are cpu, ops, .*, volumes, video, smoke"):
         benchmark.run("fast")
 
 
