@@ -54,6 +54,12 @@ def test_train_resumes_and_refuses(run, capsys):
     assert json.loads((run / "metrics.json").read_text())["steps"] == 3
 
 
+def test_changes_add_up(tmp_path, capsys):
+    """Those behind an earlier ``--set`` hold beside those behind a later one."""
+    twice = ["--set", "train_cfg.max_itres=1", "--set", "train_cfg.val_interval=2"]
+    assert "max_iters" in refused(capsys, "train", TINY, "--work-dir", tmp_path / "run", *twice)
+
+
 def test_bad_input_is_one_line_and_status_2(run, tmp_path, capsys):
     (tmp_path / "text.nii.gz").write_text("no image")
     weights = run / "weights.safetensors"

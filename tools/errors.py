@@ -17,7 +17,9 @@ def debug_option() -> argparse.ArgumentParser:
 def config_options() -> argparse.ArgumentParser:
     """Parent parser with the options of every command that reads a config."""
     parent = argparse.ArgumentParser(add_help=False)
-    parent.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override config entries")
+    parent.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config entries"
+    )
     parent.add_argument(
         "--safe",
         action="store_true",

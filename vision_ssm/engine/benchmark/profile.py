@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vision_ssm.engine.benchmark.timing import measure
 from vision_ssm.kernels.flops import routed_scan_flops, selective_scan_flops, ssd_scan_flops
+
+from .jobs import create
 
 __all__ = ["CONVENTION", "Profile", "count_multiply_adds", "profile"]
 
@@ -53,8 +54,8 @@ def profile(name: str, *, size: int, batch: int, device: torch.device, seconds: 
         RuntimeError: timm knows no such model.
     """
     with torch.device("meta"):
-        total, scanned = count_multiply_adds(timm.create_model(name).eval(), torch.empty(1, 3, size, size))
-    model = timm.create_model(name).to(device)
+        total, scanned = count_multiply_adds(create(name, size).eval(), torch.empty(1, 3, size, size))
+    model = create(name, size).to(device)
     images = torch.randn(batch, 3, size, size, device=device)
 
     def infer() -> None:
