@@ -230,10 +230,10 @@ def test_a_volume_with_another_number_of_channels_is_refused(small_set):
 def test_channels_along_the_fourth_axis_are_those_of_single_files(copied):
     root = copied("acdc")
     cine = root / "patient001" / "patient001_4d.nii.gz"
-    image = LoadVolumed(classes=4, channels=2)({"image": str(cine)})["image"]
-    assert image.shape == (2, 24, 24, 16)
+    image = LoadVolumed(classes=4, channels=12)({"image": str(cine)})["image"]
+    assert image.shape == (12, 24, 24, 16)
     assert torch.equal(image[1], image[0])
-    with pytest.raises(ValueError, match=r"4 dimensions \(24, 24, 16, 2\)"):
+    with pytest.raises(ValueError, match=r"4 dimensions \(24, 24, 16, 12\)"):
         LoadVolumed(classes=4)({"image": str(cine)})
 
 
