@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from vision_ssm.engine.benchmark import SUITES, video
 from vision_ssm.engine.benchmark.rows import Clip, Row, Timing, render
 from vision_ssm.engine.benchmark.timing import describe
-from vision_ssm.engine.benchmark.video import STEPS, GenerationJob, TrainingJob, compile_parts, total
+from vision_ssm.engine.benchmark.video import RUNS, GenerationJob, TrainingJob, compile_parts, total
 from vision_ssm.layers import TemporalStack
 from vision_ssm.video import MODELS, ConvLSTM, FrameTransformer, NextFrame, convs5_stack
 
@@ -141,4 +141,16 @@ def test_the_suite_names_what_exists():
     labels = [job.label for job in jobs]
     assert len({*labels}) == len(labels)
     assert {job.model for job in jobs} <= MODELS.keys()
-    assert {job.run for job in jobs} == STEPS.keys()
+    assert {job.run for job in jobs} == RUNS.keys()
+
+
+def test_a_step_runs_as_the_name_says(monkeypatch):
+    """A compiler and a graph that write down when they were asked; memory is not counted where there is a graph."""
+    monkeypatch.setattr(torch, "compile", lambda step: [*step, "compiled"])
+    monkeypatch.setattr(video, "CapturedStep", lambda step: [*step, "CUDA graph"])
+    monkeypatch.setattr(video, "measure", lambda work, *_: dict.fromkeys(work, timing(4.0)))
+    for name, run in RUNS.items():
+        asked = run.accelerate([])
+        assert ", ".join(asked) == name.replace("eager", "")
+        counted = GenerationJob("convs5", name).measured(list, CPU, SECONDS).peak_mib is not None
+        assert counted == ("CUDA graph" not in asked)

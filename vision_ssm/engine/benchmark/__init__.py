@@ -9,7 +9,8 @@ import torch
 from .jobs import RUNS, ModelJob, OperatorJob
 from .rows import Row
 from .timing import describe
-from .video import COMPILED, STEPS, GenerationJob, TrainingJob
+from .video import RUNS as VIDEO_RUNS
+from .video import GenerationJob, TrainingJob
 from .volumes import VolumeJob
 
 __all__ = ["SUITES", "Suite", "run"]
@@ -35,6 +36,7 @@ _LINEAR_AND_QUADRATIC = ("vmamba_tiny", "vit_small_patch16_224")
 
 _CONVS5, _CONV_LSTM = "convs5_moving_mnist_300", "conv_lstm_moving_mnist"
 _TRANSFORMER, _RECOMPUTED = "transformer_moving_mnist", "transformer_recomputed_moving_mnist"
+_UNCAPTURED = [name for name, run in VIDEO_RUNS.items() if not run.captured]
 _GROWTH = (10, 100, 300, 600, 1000)
 
 SUITES: dict[str, Suite] = {
@@ -81,21 +83,21 @@ SUITES: dict[str, Suite] = {
             OperatorJob("linear_scan", ("convs5_300",), _BOTH_WIDTHS, beside_copy=True),
             *(
                 TrainingJob(model, run, batch=8, frames=300, checkpointing="maps")
-                for run in STEPS
+                for run in VIDEO_RUNS
                 for model in (_CONVS5, _CONV_LSTM, _TRANSFORMER)
             ),
             # No graph can capture layers that are checkpointed: it keeps the state of generators.
             *(
                 TrainingJob(model, run, batch=8, frames=600, checkpointing="all")
-                for run in ("eager", COMPILED)
+                for run in _UNCAPTURED
                 for model in (_CONVS5, _CONV_LSTM, _TRANSFORMER, "convs5_moving_mnist_600")
             ),
-            *(GenerationJob(model, run) for model in (_CONVS5, _CONV_LSTM) for run in STEPS),
+            *(GenerationJob(model, run) for model in (_CONVS5, _CONV_LSTM) for run in VIDEO_RUNS),
             # As long as its state grows, no graph serves for the next frame.
             *(
                 GenerationJob(model, run, contexts=_GROWTH, summed=True)
                 for model in (_TRANSFORMER, _RECOMPUTED)
-                for run in ("eager", COMPILED)
+                for run in _UNCAPTURED
             ),
         ),
         seconds=1,

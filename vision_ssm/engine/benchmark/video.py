@@ -18,23 +18,36 @@ from .jobs import BOTH, captured, torch_name
 from .rows import Clip, Timing
 from .timing import measure
 
-__all__ = ["GENERATION", "NEXT_FRAME", "STEPS", "GenerationJob", "TrainingJob"]
+__all__ = ["GENERATION", "NEXT_FRAME", "RUNS", "GenerationJob", "TrainingJob"]
 
 NEXT_FRAME, GENERATION = "next frame", "generation"
-COMPILED, GRAPH = "compiled", "CUDA graph"
 
 
-def compiled_step(step: Step) -> Step:
-    return torch.compile(step)
+@dataclass(frozen=True)
+class Run:
+    """How a model runs, be it a training step or the next frame.
+
+    Args:
+        compiled: by torch.compile.
+        captured: as a CUDA graph.
+    """
+
+    compiled: bool = False
+    captured: bool = False
+
+    def accelerate(self, step: Step) -> Step:
+        """The step that generates a frame, run in this way."""
+        if self.compiled:
+            step = torch.compile(step)
+        return CapturedStep(step) if self.captured else step
 
 
-STEPS: dict[str, Callable[[Step], Step] | None] = {
-    "eager": None,
-    COMPILED: compiled_step,
-    GRAPH: CapturedStep,
-    f"{COMPILED}, {GRAPH}": lambda step: CapturedStep(compiled_step(step)),
+RUNS = {
+    "eager": Run(),
+    "compiled": Run(compiled=True),
+    "CUDA graph": Run(captured=True),
+    "compiled, CUDA graph": Run(compiled=True, captured=True),
 }
-"""How a frame is generated; a training step is run in the same ways."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class VideoJob:
 
     Args:
         model: name in ``MODELS``.
-        run: how it runs, a name in ``STEPS``; compiling and capturing are not part of the time.
+        run: how it runs, a name in ``RUNS``; compiling and capturing are not part of the time.
         batch: clips of one run.
         size: side of the frames in pixels.
         autocast: the dtype of autocast, if any.
@@ -74,7 +87,7 @@ class VideoJob:
     def measured(self, work: Callable[[], object], device: torch.device, seconds: float) -> Timing:
         """The memory of a CUDA graph is its own and is not counted."""
         timing = measure({"": work}, device, seconds)[""]
-        return replace(timing, peak_mib=None) if GRAPH in self.run else timing
+        return replace(timing, peak_mib=None) if RUNS[self.run].captured else timing
 
     def fields(self, case: str, direction: str, timing: Timing | None, clip: Clip, note: str = "") -> dict[str, Any]:
         """Fields of a row, all but the suite and the environment."""
@@ -124,10 +137,10 @@ class TrainingJob(VideoJob):
             model.set_grad_checkpointing()
             stack: Any = model.stack
             stack.set_grad_checkpointing(self.checkpointing == "all")
-        if COMPILED in self.run:
+        if RUNS[self.run].compiled:
             compile_parts(model)
         work: Callable[[], object] = partial(self.step, model, self.clip(self.frames + 1, device))
-        if GRAPH in self.run:
+        if RUNS[self.run].captured:
             work = captured(work)
         return self.measured(work, device, seconds)
 
@@ -160,7 +173,7 @@ class GenerationJob(VideoJob):
     def rows(self, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
         """Fields of a row for each context, and of one for all frames."""
         model = self.build(device).eval()
-        rollout = Rollout(model, accelerate=STEPS[self.run])
+        rollout = Rollout(model, accelerate=RUNS[self.run].accelerate)
         timings: dict[int, Timing] = {}
         size, direction = None, NEXT_FRAME
         try:
@@ -168,7 +181,7 @@ class GenerationJob(VideoJob):
                 case = f"after {context:,} frames"
                 if self.summed:  # the state has another shape
                     torch.compiler.reset()
-                    rollout = Rollout(model, accelerate=STEPS[self.run])
+                    rollout = Rollout(model, accelerate=RUNS[self.run].accelerate)
                 timings[context], size = self.next_frame(rollout, context, device, seconds)
                 yield self.fields(case, direction, timings[context], Clip(frames=1, state_bytes=size))
             case, direction = f"{self.frames:,} frames", GENERATION
