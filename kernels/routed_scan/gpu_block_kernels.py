@@ -7,9 +7,9 @@ tensor cores, maps are read and written a row at a time, and the next blocks are
 
 ``walk_kernel``      a route from its first step to its last, or a segment of it: writes the output, or what a segment
                      does to a state, or the state before each block;
-``pair_kernel``      a route and its reverse, which visit the same blocks of cells: with the states before each block
-                     known, blocks are independent, and the map is read and written once for both directions;
 ``gradient_kernel``  the blocks of a route from the last to the first, all gradients.
+
+``gpu_pair_kernels.py`` has those of a route with its reverse.
 
 ``order`` (k, segments * SEGMENT) holds the cell of each step, -1 where there is none. A route that is the reverse of
 another has its missing steps in front, so that their blocks coincide. Nothing is compiled for an image size.
@@ -33,12 +33,11 @@ from .gpu_block_parts import (
     by_columns,
     by_rows,
     cells_of,
-    direction,
-    fetch_before,
     fetch_cells,
     fetch_inputs,
     fetch_rows,
     fetch_states,
+    gradients,
     keep,
     only,
     operand,
@@ -47,11 +46,13 @@ from .gpu_block_parts import (
     projection,
     raw_step,
     retreat,
-    room_before,
     send_back,
     shared,
+    shared_projection,
     softplus2,
-    state_before,
+    step_of,
+    store_low_rank,
+    store_sums,
 )
 
 _SIZES = ["CELLS", "COLUMNS", "SEGMENT", "SEGMENTS"]  # no kernel is compiled for them
@@ -202,98 +203,6 @@ def walk_kernel(
                     gl.store(adjoint + o_s + n * CHANNELS, grads.index(n).load(CL), m_d)
 
 
-@gluon.jit(do_not_specialize=[*_SIZES, "AHEAD", "BACK", "PIECE"])
-def pair_kernel(
-    x, low_rank, weight, bias, A, skips, order, start, history, prefix, partial, y,
-    CELLS, CHANNELS, COLUMNS, SEGMENT, SEGMENTS, AHEAD, BACK, PIECE,
-    RANK: gl.constexpr, R: gl.constexpr, D: gl.constexpr, ALIGN: gl.constexpr,
-    ADD: gl.constexpr, LAST: gl.constexpr, SPLIT: gl.constexpr, W: gl.constexpr,
-):  # fmt: skip
-    """The outputs of route AHEAD and of its reverse, BACK, for PIECE blocks, from the states before each block.
-
-    Adds ``partial`` if ADD; stores the sum to y if LAST, else to ``partial``. One state.
-    """
-    CHANNELS, columns = CHANNELS // 8 * 8, COLUMNS // ALIGN * ALIGN
-    half: gl.constexpr = x.dtype.element_ty
-    L: gl.constexpr = by_columns(W)
-    Y: gl.constexpr = by_rows(D, 4, W)
-    per_segment = SEGMENT // T
-    count = SEGMENTS * per_segment
-    pieces, blocks = gl.cdiv(count, PIECE), gl.cdiv(CHANNELS, D)
-    d0, piece = gl.program_id(0) % blocks * D, gl.program_id(0) // blocks % pieces
-    sample, samples = gl.program_id(0) // blocks // pieces, gl.num_programs(0) // blocks // pieces
-    parts, left = samples * SEGMENTS, CHANNELS - d0
-    order += AHEAD * SEGMENTS * SEGMENT
-    x += sample.to(gl.int64) * CELLS * CHANNELS + d0
-    low_rank += sample.to(gl.int64) * CELLS * columns
-    partial += sample.to(gl.int64) * CELLS * CHANNELS + d0
-    y += sample.to(gl.int64) * CELLS * CHANNELS + d0
-    o_d = gl.arange(0, D, gl.SliceLayout(0, L))
-    m_d = o_d < left
-    ahead0, back0 = AHEAD * CHANNELS + d0, BACK * CHANNELS + d0
-    w_ahead = projection(weight, ahead0, left, RANK, R, D, W, half)
-    w_back = projection(weight, back0, left, RANK, R, D, W, half)
-    o_dm = gl.arange(0, D, gl.SliceLayout(0, products(W)))
-    shift_ahead = gl.load(bias + ahead0 + o_dm, o_dm < left, 0.0).to(gl.float32) * LOG2E
-    shift_back = gl.load(bias + back0 + o_dm, o_dm < left, 0.0).to(gl.float32) * LOG2E
-    decay_ahead = gl.load(A + ahead0 + o_d, m_d, 0.0)
-    decay_back = gl.load(A + back0 + o_d, m_d, 0.0)
-    skip = gl.load(skips + ahead0 + o_d, m_d, 0.0).to(gl.float32)
-    skip += gl.load(skips + back0 + o_d, m_d, 0.0).to(gl.float32)
-
-    cells = gl.allocate_shared_memory(gl.int32, [SLOTS, T], shared([0]))
-    xs = gl.allocate_shared_memory(half, [STAGES, T, D], shared([1, 0]))
-    lows_ahead = gl.allocate_shared_memory(half, [STAGES, T, R], shared([1, 0]))
-    lows_back = gl.allocate_shared_memory(half, [STAGES, T, R], shared([1, 0]))
-    olds = gl.allocate_shared_memory(gl.float32, [STAGES, T, D], shared([1, 0]))
-    before_ahead, before_back = room_before(D), room_before(D)
-    sources = history, prefix, start
-    begin = piece * PIECE
-    end = gl.minimum(begin + PIECE, count)
-    for i in gl.static_range(SLOTS - 2):
-        fetch_cells(cells, i, order, gl.minimum(begin + i, count - 1), W)
-    async_copy.commit_group()
-    for i in range(1 - STAGES, end - begin):
-        await_block()
-        ahead = i + STAGES - 1
-        slot_a, cells_a = ahead % STAGES, cells.index(ahead % SLOTS)
-        fetch_rows(xs.index(slot_a), x, cells_a, CHANNELS, left, 8, W)
-        fetch_rows(lows_ahead.index(slot_a), low_rank + AHEAD * (RANK + 2), cells_a, columns, RANK + 2, ALIGN, W)
-        fetch_rows(lows_back.index(slot_a), low_rank + BACK * (RANK + 2), cells_a, columns, RANK + 2, ALIGN, W)
-        if ADD:
-            fetch_rows(olds.index(slot_a), partial, cells_a, CHANNELS, left, 4, W)
-        block = gl.minimum(begin + ahead, count - 1)
-        segment, within = block // per_segment, block % per_segment
-        segment_ahead = AHEAD.to(gl.int64) * parts + sample * SEGMENTS + segment
-        segment_back = BACK.to(gl.int64) * parts + (sample + 1) * SEGMENTS - 1 - segment
-        row_ahead = segment_ahead * per_segment + within
-        row_back = (segment_back + 1) * per_segment - 1 - within
-        fetch_before(before_ahead, slot_a, sources, row_ahead, segment_ahead, CHANNELS, d0, left, SPLIT, W)
-        fetch_before(before_back, slot_a, sources, row_back, segment_back, CHANNELS, d0, left, SPLIT, W)
-        fetch_cells(cells, ahead + STAGES - 1, order, gl.minimum(begin + ahead + STAGES - 1, count - 1), W)
-        async_copy.commit_group()
-        if i >= 0:
-            slot = i % STAGES
-            h_ahead = state_before(before_ahead, slot, decay_ahead, SPLIT, W)
-            h_back = state_before(before_back, slot, decay_back, SPLIT, W)
-            u = xs.index(slot).load(L).to(gl.float32)
-            out = u * skip[None, :]
-            out += direction(lows_ahead, slot, u, cells, i, w_ahead, shift_ahead, decay_ahead, h_ahead, RANK, False, W)
-            out += direction(lows_back, slot, u, cells, i, w_back, shift_back, decay_back, h_back, RANK, True, W)
-            out = gl.convert_layout(out, Y)
-            if ADD:
-                out += olds.index(slot).load(Y)
-            cell = cells_of(cells, i, Y)
-            o_c = gl.arange(0, D, gl.SliceLayout(0, Y))
-            mask = (cell >= 0)[:, None] & (o_c < left)[None, :]
-            o_y = (cell * CHANNELS)[:, None] + o_c[None, :]
-            if LAST:
-                gl.store(y + o_y, out.to(half), mask)
-            else:
-                gl.store(partial + o_y, out, mask)
-    async_copy.wait_group(0)
-
-
 @gluon.jit(do_not_specialize=_SIZES)
 def gradient_kernel(
     dy, x, low_rank, weight, bias, A, skips, order, start, history, prefix, adjoint, dx, dlow_rank, dweights,
@@ -336,15 +245,8 @@ def gradient_kernel(
     m_d = o_d < left
     first = k * CHANNELS + d0
     o_s = row * STATE * CHANNELS + d0 + o_d
-    w = projection(weight, first, left, RANK, R, D, W, half)
-    o_dk = gl.arange(0, D, gl.SliceLayout(1, operand(1, W)))
-    o_rn = gl.arange(0, R, gl.SliceLayout(0, operand(1, W)))
-    w_back = gl.load(
-        weight + (first + o_dk)[:, None] * RANK + o_rn[None, :], (o_rn < RANK)[None, :] & (o_dk < left)[:, None], 0.0
-    ).to(half)
+    projected = shared_projection(weight, bias, first, left, RANK, R, D, W, half)
     o_dm = gl.arange(0, D, gl.SliceLayout(0, M))
-    o_rm = gl.arange(0, R, gl.SliceLayout(0, M))
-    shift = gl.load(bias + first + o_dm, o_dm < left, 0.0).to(gl.float32) * LOG2E
     skip = gl.load(skips + first + o_d, m_d, 0.0).to(gl.float32)
 
     cells = gl.allocate_shared_memory(gl.int32, [SLOTS, T], shared([0]))
@@ -365,9 +267,8 @@ def gradient_kernel(
         g = gl.zeros([D], gl.float32, CL)
         if SPLIT:
             g = gl.load(adjoint + o_s, m_d, 0.0)
-        ones_b, ones_c = only(RANK, D, R, W, half), only(RANK + 1, D, R, W, half)
     else:
-        o_nm = gl.arange(0, N, gl.SliceLayout(0, M))
+        o_rm, o_nm = gl.arange(0, R, gl.SliceLayout(0, M)), gl.arange(0, N, gl.SliceLayout(0, M))
         turned = gl.allocate_shared_memory(gl.float32, [2 * N, T], shared([1, 0]))
         turned_rows = turned._reinterpret(gl.float32, [2 * N, T], shared([0]))
         decays = gl.allocate_shared_memory(gl.float32, [N, D], shared([0]))
@@ -399,34 +300,21 @@ def gradient_kernel(
             u = inputs[0].index(slot).load(L).to(gl.float32)
             v = dys.index(slot).load(L).to(gl.float32)
             cell_m = cells_of(cells, i, M)
-            m_m = (cell_m >= 0)[:, None]
-            raw = gl.convert_layout(gl.where(m_m, raw_step(low_s, w, shift, RANK, W), -1e30), L)
-            dt = softplus2(raw)
-            slope = gl.exp2(raw - dt)  # the sigmoid
-            delta = dt * LN2
-            du = delta * u
             sum_D += gl.sum(u * v, axis=0)
-            acc = gl.zeros([T, R], gl.float32, M)
             if SPLIT:
                 since = gl.load(prefix + (row * count + place) * CHANNELS + d0 + o_d, m_d, 0.0)
             if STATE == 1:
-                b, c = pair(low_s, RANK, 1.0, W)
-                a = gl.exp2(dt * decay[None, :])
-                s = du * b[:, None]
                 h = gl.sum(kept_states.index(slot).load(L), axis=0)
                 if SPLIT:
                     h += gl.exp2(since * decay) * gl.load(start + o_s, m_d, 0.0)
-                kept = keep(a, s, h)
-                gs, g = retreat(a, v * c[:, None], g)
-                log_a = gs * kept  # the gradient by Δ A
-                sum_A += gl.sum(log_a * delta, axis=0)
-                db = gs * b[:, None]
-                da = log_a * decay[None, :]
-                terms.store((gs * du).to(half))
-                acc = mma_v2(terms.load(operand(0, W)), ones_b, acc)
-                terms.store((v * (kept + s)).to(half))
-                acc = mma_v2(terms.load(operand(0, W)), ones_c, acc)
+                du, acc, acc_bc, sum_w, sum_b, sum_A, _h, g = gradients(
+                    low_s, terms, u, v, cell_m, projected, decay, h, g, sum_w, sum_b, sum_A, RANK, False, W
+                )
+                store_low_rank(dlow_rank, cell_m, columns, acc, acc_bc, RANK, W)
             else:
+                dt, slope = step_of(low_s, cell_m, projected, RANK, W)
+                delta = dt * LN2
+                du = delta * u
                 turned.permute([1, 0]).store(inputs[2].index(slot).load(by_rows(2 * N, 2, W)).to(gl.float32))
                 h_rows = kept_states.index(slot)._reinterpret(gl.float32, [N, D], shared([0]))
                 da = gl.zeros([T, D], gl.float32, L)
@@ -441,8 +329,8 @@ def gradient_kernel(
                     h = h_rows.index(n).load(CL)
                     if SPLIT:
                         h += gl.exp2(since * decay) * gl.load(start + o_s + n * CHANNELS, m_d, 0.0)
-                    kept = keep(a, s, h)
-                    gs, g = retreat(a, v * c[:, None], grads.index(n).load(CL))
+                    kept, _h = keep(a, s, h, False)
+                    gs, g = retreat(a, v * c[:, None], grads.index(n).load(CL), False)
                     grads.index(n).store(g)
                     log_a = gs * kept
                     sums.index(n).store(sums.index(n).load(CL) + gl.sum(log_a * delta, axis=0))
@@ -453,20 +341,21 @@ def gradient_kernel(
                     acc_b = mma_v2(terms.load(operand(0, W)), ones, acc_b)
                     terms.store((v * (kept + s)).to(half))
                     acc_c = mma_v2(terms.load(operand(0, W)), ones, acc_c)
-            draw = (da + db * u) * slope
-            sum_b += gl.sum(draw, axis=0)
-            terms.store(draw.to(half))
-            acc = mma_v2(terms.load(operand(0, W)), w_back, acc)
-            sum_w = mma_v2(low_s.permute([1, 0]).load(operand(0, W)), terms.load(operand(1, W)), sum_w)
-            o_low = dlow_rank + (cell_m * columns)[:, None]
-            dtype: gl.constexpr = dlow_rank.dtype.element_ty
-            own: gl.constexpr = RANK + 2 if STATE == 1 else RANK
-            gl.store(o_low + o_rm[None, :], acc.to(dtype), m_m & (o_rm < own)[None, :])
-            if STATE > 1:
+                draw = (da + db * u) * slope
+                sum_b += gl.sum(draw, axis=0)
+                terms.store((draw * LN2).to(half))
+                acc = gl.zeros([T, R], gl.float32, M)
+                acc = mma_v2(terms.load(operand(0, W)), projected[0].permute([1, 0]).load(operand(1, W)), acc)
+                sum_w = mma_v2(low_s.permute([1, 0]).load(operand(0, W)), terms.load(operand(1, W)), sum_w)
+                du = db * delta
+                m_m = (cell_m >= 0)[:, None]
+                o_low = dlow_rank + (cell_m * columns)[:, None]
+                dtype: gl.constexpr = dlow_rank.dtype.element_ty
                 m_n = m_m & (o_nm < STATE)[None, :]
+                gl.store(o_low + o_rm[None, :], acc.to(dtype), m_m & (o_rm < RANK)[None, :])
                 gl.store(o_low + RANK + o_nm[None, :], acc_b.to(dtype), m_n)
                 gl.store(o_low + RANK + STATE + o_nm[None, :], acc_c.to(dtype), m_n)
-            out = gl.convert_layout(v * skip[None, :] + db * delta, Y)
+            out = gl.convert_layout(v * skip[None, :] + du, Y)
             cell = cells_of(cells, i, Y)
             o_c = gl.arange(0, D, gl.SliceLayout(0, Y))
             mask = (cell >= 0)[:, None] & (o_c < left)[None, :]
@@ -474,18 +363,18 @@ def gradient_kernel(
     async_copy.wait_group(0)
 
     dweights += part.to(gl.int64) * K * CHANNELS * (RANK + 2 + STATE)
-    o_rw = gl.arange(0, R, gl.SliceLayout(1, M))
-    o_w = (first + o_dm)[None, :] * RANK + o_rw[:, None]
-    gl.store(dweights + o_w, sum_w, (o_rw < RANK)[:, None] & (o_dm < left)[None, :])
-    dweights += K * CHANNELS * RANK
-    gl.store(dweights + first + o_d, sum_b, m_d)
-    dweights += K * CHANNELS
     if STATE == 1:
-        gl.store(dweights + first + o_d, sum_A, m_d)
+        store_sums(dweights, first, sum_w, sum_b, sum_A, sum_D, K * CHANNELS, left, RANK, W)
     else:
+        o_rw = gl.arange(0, R, gl.SliceLayout(1, M))
+        o_w = (first + o_dm)[None, :] * RANK + o_rw[:, None]
+        gl.store(dweights + o_w, sum_w * LOG2E, (o_rw < RANK)[:, None] & (o_dm < left)[None, :])
+        dweights += K * CHANNELS * RANK
+        gl.store(dweights + first + o_d, sum_b, m_d)
+        dweights += K * CHANNELS
         for n in range(STATE):
             gl.store(dweights + (first + o_d) * STATE + n, sums.index(n).load(CL), m_d)
-    gl.store(dweights + K * CHANNELS * STATE + first + o_d, sum_D, m_d)
+        gl.store(dweights + K * CHANNELS * STATE + first + o_d, sum_D, m_d)
 
 
 @triton.jit(do_not_specialize=["SEGMENTS", "SAMPLES"])
@@ -523,7 +412,7 @@ def merge_kernel(parts, out, COUNT, SIZE, BLOCK: tl.constexpr):
     """The sum of COUNT maps, in a fixed order."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o < SIZE
-    total = tl.load(parts + o, mask, 0.0)
+    total = tl.load(parts + o, mask, 0.0).to(tl.float32)
     for i in range(1, COUNT):
-        total += tl.load(parts + i * SIZE.to(tl.int64) + o, mask, 0.0)
+        total += tl.load(parts + i * SIZE.to(tl.int64) + o, mask, 0.0).to(tl.float32)
     tl.store(out + o, total.to(out.dtype.element_ty), mask)

@@ -49,6 +49,12 @@ def shared(order, vector=1, phases=1, per_phase=1):
     return gl.SwizzledSharedLayout(vector, per_phase, phases, order)
 
 
+@gluon.constexpr_function
+def nth(i, reverse):
+    """The step of a block that is visited as number i."""
+    return STEPS - 1 - i if reverse else i
+
+
 @gluon.jit
 def softplus2(x):
     """log2(1 + 2^x), by max(x, 0) + e P(e) with e = 2^-|x|; the relative error of P is 1e-5."""
@@ -104,37 +110,35 @@ def advance(a, s, h, REVERSE: gl.constexpr):
     row = as_row(h, a_rows[0])
     states = ()
     for i in gl.static_range(T):
-        if REVERSE:
-            row = a_rows[T - 1 - i] * row + s_rows[T - 1 - i]
-            states = (row,) + states
-        else:
-            row = a_rows[i] * row + s_rows[i]
-            states = states + (row,)
+        row = a_rows[nth(i, REVERSE)] * row + s_rows[nth(i, REVERSE)]
+        states = (row,) + states if REVERSE else states + (row,)
     return as_tile(states, a), as_vector(row, a)
 
 
 @gluon.jit
-def keep(a, s, h):
-    """What each step keeps of the state before it, a_t h_{t-1} [T, D], without a subtraction."""
+def keep(a, s, h, REVERSE: gl.constexpr):
+    """What each step keeps of the state before it, a_t h_{t-1} [T, D], without a subtraction; and the last state."""
     a_rows, s_rows = unstack(a), unstack(s)
     row = as_row(h, a_rows[0])
     kept = ()
     for i in gl.static_range(T):
-        kept = kept + (a_rows[i] * row,)
-        row = kept[i] + s_rows[i]
-    return as_tile(kept, a)
+        now = a_rows[nth(i, REVERSE)] * row
+        kept = (now,) + kept if REVERSE else kept + (now,)
+        row = now + s_rows[nth(i, REVERSE)]
+    return as_tile(kept, a), as_vector(row, a)
 
 
 @gluon.jit
-def retreat(a, q, g):
+def retreat(a, q, g, REVERSE: gl.constexpr):
     """g_t = q_t + a_{t+1} g_{t+1}: gradients [T, D] at the states of a block, and the one sent back [D], from the one
     that comes in."""
     a_rows, q_rows = unstack(a), unstack(q)
     row = as_row(g, a_rows[0])
     grads = ()
     for i in gl.static_range(T):
-        grads = (q_rows[T - 1 - i] + row,) + grads
-        row = a_rows[T - 1 - i] * grads[0]
+        now = q_rows[nth(i, not REVERSE)] + row
+        grads = grads + (now,) if REVERSE else (now,) + grads
+        row = a_rows[nth(i, not REVERSE)] * now
     return as_tile(grads, a), as_vector(row, a)
 
 
@@ -221,6 +225,24 @@ def projection(
 
 
 @gluon.jit
+def shared_projection(
+    weight, bias, first, left, RANK: gl.constexpr, R: gl.constexpr, D: gl.constexpr, W: gl.constexpr,
+    dtype: gl.constexpr,
+):  # fmt: skip
+    """dt_weight log2(e) [R, D] and the bias of Δ times log2(e) [D] in shared memory."""
+    LAYOUT: gl.constexpr = by_rows(D, 4, W)
+    o_r = gl.arange(0, R, gl.SliceLayout(1, LAYOUT))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+    mask = (o_r < RANK)[:, None] & (o_d < left)[None, :]
+    w = gl.load(weight + (first + o_d)[None, :] * RANK + o_r[:, None], mask, 0.0)
+    room = gl.allocate_shared_memory(dtype, [R, D], shared([1, 0], 8, 4, 2))
+    room.store((w.to(gl.float32) * LOG2E).to(dtype))
+    shift = gl.allocate_shared_memory(gl.float32, [D], shared([0]))
+    shift.store(gl.load(bias + first + o_d, o_d < left, 0.0).to(gl.float32) * LOG2E)
+    return room, shift
+
+
+@gluon.jit
 def raw_step(low_s, w, shift, RANK: gl.constexpr, W: gl.constexpr):
     """Δ log2(e) before softplus [T, D]; the columns after those of Δ are cleared: a weight of 0 would not keep a NaN
     of theirs out."""
@@ -278,17 +300,32 @@ def room_before(D: gl.constexpr):
 
 
 @gluon.jit
-def direction(
-    inputs, slot, u, cells, i, w, shift, decay, h, RANK: gl.constexpr, REVERSE: gl.constexpr, W: gl.constexpr
-):
-    """C_t h_t [T, D] of a block, walked ahead or in reverse."""
+def direction(low_s, u, cell_m, w, shift, decay, h, RANK: gl.constexpr, REVERSE: gl.constexpr, W: gl.constexpr):
+    """C_t h_t [T, D] of a block, walked ahead or in reverse, and the last state. One state."""
     L: gl.constexpr = by_columns(W)
-    low_s = inputs.index(slot)
     dt = softplus2(raw_step(low_s, w, shift, RANK, W))
-    dt = gl.convert_layout(gl.where((cells_of(cells, i, products(W)) >= 0)[:, None], dt, 0.0), L)
+    dt = gl.convert_layout(gl.where((cell_m >= 0)[:, None], dt, 0.0), L)
     b, c = pair(low_s, RANK, LN2, W)
-    hs, _ = advance(gl.exp2(dt * decay[None, :]), dt * u * b[:, None], h, REVERSE)
-    return hs * c[:, None]
+    hs, h = advance(gl.exp2(dt * decay[None, :]), dt * u * b[:, None], h, REVERSE)
+    return hs * c[:, None], h
+
+
+@gluon.jit
+def store_output(
+    partial, y, old, cell, pitch, left, out, ADD: gl.constexpr, LAST: gl.constexpr, W: gl.constexpr
+):  # fmt: skip
+    """Writes a block's outputs, with the ``old`` ones if ADD, to y if LAST, else to ``partial``."""
+    Y: gl.constexpr = by_rows(out.shape[1], 4, W)
+    out = gl.convert_layout(out, Y)
+    if ADD:
+        out += old.load(Y)
+    o_c = gl.arange(0, out.shape[1], gl.SliceLayout(0, Y))
+    mask = (cell >= 0)[:, None] & (o_c < left)[None, :]
+    o_y = (cell * pitch)[:, None] + o_c[None, :]
+    if LAST:
+        gl.store(y + o_y, out.to(y.dtype.element_ty), mask)
+    else:
+        gl.store(partial + o_y, out, mask)
 
 
 @gluon.jit
@@ -298,3 +335,75 @@ def only(n, rows: gl.constexpr, width: gl.constexpr, W: gl.constexpr, dtype: gl.
     o_r = gl.arange(0, rows, gl.SliceLayout(1, LAYOUT))
     o_c = gl.arange(0, width, gl.SliceLayout(0, LAYOUT))
     return ((o_c == n)[None, :] & (o_r >= 0)[:, None]).to(dtype)
+
+
+@gluon.jit
+def step_of(low_s, cell_m, projected, RANK: gl.constexpr, W: gl.constexpr):
+    """Δ log2(e) [T, D], and the slope of softplus; zeros where there is no cell."""
+    weights, shift = projected
+    w, shift = weights.load(operand(1, W)), shift.load(gl.SliceLayout(0, products(W)))
+    raw = gl.where((cell_m >= 0)[:, None], raw_step(low_s, w, shift, RANK, W), -1e30)
+    raw = gl.convert_layout(raw, by_columns(W))
+    dt = softplus2(raw)
+    return dt, gl.exp2(raw - dt)  # the sigmoid
+
+
+@gluon.jit
+def gradients(
+    low_s, terms, u, v, cell_m, projected, decay, h, g, sum_w, sum_b, sum_A,
+    RANK: gl.constexpr, REVERSE: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """The gradients of a block by x, that by D x not counted, [T, D], by the columns of Δ [T, R] and by B and C [T, 8];
+    the sums of those by the weights, with the block (that by dt_weight log2(e)); the state after the block and the
+    gradient before it. One state."""
+    half: gl.constexpr = low_s.dtype
+    dt, slope = step_of(low_s, cell_m, projected, RANK, W)
+    delta = dt * LN2
+    du = delta * u
+    b, c = pair(low_s, RANK, 1.0, W)
+    a = gl.exp2(dt * decay[None, :])
+    s = du * b[:, None]
+    kept, h = keep(a, s, h, REVERSE)
+    gs, g = retreat(a, v * c[:, None], g, REVERSE)
+    log_a = gs * kept  # the gradient by Δ A
+    sum_A += gl.sum(log_a * delta, axis=0)
+    db = gs * b[:, None]
+    terms.store((gs * du).to(half))
+    channels: gl.constexpr = sum_w.shape[1]
+    acc_bc = gl.zeros([T, 8], gl.float32, products(W))
+    acc_bc = mma_v2(terms.load(operand(0, W)), only(0, channels, 8, W, half), acc_bc)
+    terms.store((v * (kept + s)).to(half))
+    acc_bc = mma_v2(terms.load(operand(0, W)), only(1, channels, 8, W, half), acc_bc)
+    draw = (log_a * decay[None, :] + db * u) * slope
+    sum_b += gl.sum(draw, axis=0)
+    terms.store((draw * LN2).to(half))
+    acc = gl.zeros([T, sum_w.shape[0]], gl.float32, products(W))
+    acc = mma_v2(terms.load(operand(0, W)), projected[0].permute([1, 0]).load(operand(1, W)), acc)
+    sum_w = mma_v2(low_s.permute([1, 0]).load(operand(0, W)), terms.load(operand(1, W)), sum_w)
+    return db * delta, acc, acc_bc, sum_w, sum_b, sum_A, h, g
+
+
+@gluon.jit
+def store_low_rank(out, cell_m, pitch, acc, acc_bc, RANK: gl.constexpr, W: gl.constexpr):
+    """Writes the gradients by the columns of Δ, B and C at ``cell_m``. One state."""
+    o_r = gl.arange(0, acc.shape[1], gl.SliceLayout(0, products(W)))
+    o_n = gl.arange(0, 8, gl.SliceLayout(0, products(W)))
+    out += (cell_m * pitch)[:, None]
+    there = (cell_m >= 0)[:, None]
+    gl.store(out + o_r[None, :], acc.to(out.dtype.element_ty), there & (o_r < RANK)[None, :])
+    gl.store(out + RANK + o_n[None, :], acc_bc.to(out.dtype.element_ty), there & (o_n < 2)[None, :])
+
+
+@gluon.jit
+def store_sums(out, first, sum_w, sum_b, sum_A, sum_D, STRIDE, left, RANK: gl.constexpr, W: gl.constexpr):
+    """Writes the sums of ``gradients`` as those by dt_weight (k, c, r), dt_bias (k, c), A (k, c) and D (k, c), which
+    lie in a row; STRIDE is k c."""
+    o_r = gl.arange(0, sum_w.shape[0], gl.SliceLayout(1, products(W)))
+    o_m = gl.arange(0, sum_w.shape[1], gl.SliceLayout(0, products(W)))
+    mask = (o_r < RANK)[:, None] & (o_m < left)[None, :]
+    gl.store(out + (first + o_m)[None, :] * RANK + o_r[:, None], sum_w * LOG2E, mask)
+    o_d = gl.arange(0, sum_w.shape[1], gl.SliceLayout(0, by_columns(W)))
+    out += STRIDE * RANK + first
+    gl.store(out + o_d, sum_b, o_d < left)
+    gl.store(out + STRIDE + o_d, sum_A, o_d < left)
+    gl.store(out + 2 * STRIDE + o_d, sum_D, o_d < left)

@@ -20,14 +20,15 @@ from ..routes import Route, Routes, index_table
 from .gpu_plan import ceil_div, kept, launches
 
 try:
-    from .gpu_block_kernels import carry_kernel, gradient_kernel, merge_kernel, pair_kernel, walk_kernel
+    from .gpu_block_kernels import carry_kernel, gradient_kernel, merge_kernel, walk_kernel
     from .gpu_block_parts import STEPS
+    from .gpu_pair_kernels import pair_gradient_kernel, pair_kernel, pair_walk_kernel
 
     HAS_GLUON = True
 except (ImportError, AttributeError):  # a Triton before 3.6
     HAS_GLUON = False
 
-_SCRATCH = {"forward": 320 * 2**20, "backward": 512 * 2**20}
+_SCRATCH = {"forward": 320 * 2**20, "backward": 512 * 2**20, "backward, pairs": 64 * 2**20}
 """Bytes of scratch memory, twice as many for several states; a batch that needs more is done in parts."""
 
 _WALKS = 4
@@ -38,6 +39,9 @@ _PIECES = 12
 
 _SHORTEST = 64
 """Steps of a segment at least."""
+
+_KEPT = 16
+"""Blocks at most whose states programs of pairs keep in shared memory."""
 
 _ALIGNED = 8
 """Samples that a part of a batch is a multiple of, so that half-precision maps of any size begin at 16 bytes."""
@@ -122,7 +126,8 @@ def _whole(route: Route, grid: tuple[int, ...]) -> bool:
 
 
 class _Part(NamedTuple):
-    """Samples that go together, and the routes cut for them."""
+    """Samples that go together, and the routes cut for them. Programs of pairs take ``piece`` blocks each, or segments
+    in a backward."""
 
     samples: slice
     batch: int
@@ -179,7 +184,7 @@ class _Call:
         self.direct = len(found) == 1 and found[0].routes == 1  # no cell is visited twice
         self.full = all(launch.full for launch in found)
         self.whole = _whole(routes[0], grid)
-        self.pairs = None if backward or state > 1 else pairs(routes, grid)
+        self.pairs = pairs(routes, grid) if state == 1 else None
 
         self.warps = 2 if state == 1 and channels % 64 == 0 else 1
         block_d = 32 * self.warps
@@ -191,6 +196,7 @@ class _Call:
             "N": 1 if state == 1 else max(16, triton.next_power_of_2(state)),
             "D": block_d,
             "ALIGN": math.gcd(8, rank + 2 if state == 1 else math.gcd(rank, state)),
+            "BLOCKS": _KEPT,
             "W": self.warps,
         }
         self.parts = list(self._cut(batch, grid, routes, device, backward))
@@ -199,31 +205,41 @@ class _Call:
         self, batch: int, grid: tuple[int, ...], routes: Routes, device: torch.device, backward: bool
     ) -> Iterator[_Part]:
         """Parts of the batch within the scratch memory, and for each the segments that fill the device."""
-        cells = self.cells * self.channels
-        maps = 0 if self.direct else self.routes
-        if self.pairs:
-            maps = int(len(self.pairs) > 1)
-        floats = maps * cells
-        if backward or self.pairs:
-            floats += self.routes * ceil_div(self.length, STEPS) * self.state * self.channels
-        if backward and self.blocks > 1:
-            floats += self.blocks * self.cells * self.columns
-        scratch = _SCRATCH["backward" if backward else "forward"] * min(2, self.state)
-        size = ceil_div(batch, min(batch, max(1, ceil_div(4 * floats * batch, scratch))))
+        units, steps = multiprocessors(device), ceil_div(self.length, STEPS)
+        gradient = backward and bool(self.pairs)
+        kind = "backward, pairs" if gradient else "backward" if backward else "forward"
+        needed = self._scratch(backward, steps)
+        size = ceil_div(batch, min(batch, max(1, ceil_div(needed * batch, _SCRATCH[kind] * min(2, self.state)))))
         if size < batch:
             size = ceil_div(size, _ALIGNED) * _ALIGNED
-        units = multiprocessors(device)
         for first in range(0, batch, size):
             samples = slice(first, min(first + size, batch))
             count = samples.stop - samples.start
             warps = count * self.blocks * self.warps
             walks, wanted = warps * self.routes, _WALKS * units
             pieces = 1 if walks >= wanted else min(ceil_div(2 * wanted, walks), ceil_div(self.length, _SHORTEST))
-            segment = ceil_div(ceil_div(self.length, pieces), STEPS) * STEPS
+            if gradient:
+                pieces = max(pieces, ceil_div(steps, _KEPT))
+                pieces = min(range(pieces, pieces + ceil_div(pieces, 4)), key=lambda n: n * ceil_div(steps, n))
+            segment = ceil_div(steps, pieces) * STEPS
             segments = ceil_div(self.length, segment)
-            piece = max(4, segments * segment // STEPS // ceil_div(_PIECES * units, warps))
+            each = ceil_div(_PIECES * units, warps)
+            piece = ceil_div(segments, each) if gradient else max(4, segments * segment // STEPS // each)
             order = order_table(routes, grid, segments * segment, device)
             yield _Part(samples, count, segments, segment, piece, order)
+
+    def _scratch(self, backward: bool, steps: int) -> int:
+        """Bytes of scratch memory that a sample needs: partial maps, states before each block, partial gradients."""
+        columns = self.blocks * self.cells * self.columns if backward and self.blocks > 1 else 0
+        if backward and self.pairs:
+            return 2 * columns + 4 * sum(self.weights) * ceil_div(steps, _KEPT)
+        maps = 0 if self.direct else 1 if self.pairs else self.routes
+        if self.pairs and len(self.pairs) == 1:
+            maps = 0
+        floats = maps * self.cells * self.channels + columns
+        if backward or self.pairs:
+            floats += self.routes * steps * self.state * self.channels
+        return 4 * floats
 
     def launch(
         self, part: _Part, kernel: Any, grid: tuple[int, ...], *tensors: Tensor, numbers: tuple[int, ...] = (),
@@ -338,19 +354,29 @@ def _forward(
 def _forward_pairs(
     call: _Call, part: _Part, maps: Sequence[Tensor], dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor
 ) -> None:
-    """Each route and its reverse together, from the states before each block, pair after pair."""
+    """Each route and its reverse together, pair after pair: small maps in a walk ahead and back, others from the states
+    before each block."""
     x, low_rank, y = maps
     assert call.pairs is not None
-    history, prefix, state, _ = _trace(call, part, x, None, low_rank, dt_weight, dt_bias, A, D)
     partial = A if len(call.pairs) == 1 else x.new_empty(x.shape, dtype=torch.float32)
-    pieces = ceil_div(part.segments * part.segment // STEPS, part.piece)
+    blocks = part.segments * part.segment // STEPS
+    small = part.segments == 1 and blocks <= _KEPT
+    if not small:
+        history, prefix, state, _ = _trace(call, part, x, None, low_rank, dt_weight, dt_bias, A, D)
+        pieces = ceil_div(blocks, part.piece)
     for place, (ahead, back) in enumerate(call.pairs):
-        call.launch(
-            part, pair_kernel, (part.batch * pieces * call.blocks,),
-            x, low_rank, dt_weight, dt_bias, A, D, part.order, state, history, prefix, partial, y,
-            numbers=(ahead, back, part.piece),
-            ADD=place > 0, LAST=place == len(call.pairs) - 1, SPLIT=part.segments > 1,
-        )  # fmt: skip
+        numbers, flags = (ahead, back, part.piece), {"ADD": place > 0, "LAST": place == len(call.pairs) - 1}
+        if small:
+            call.launch(
+                part, pair_walk_kernel, (part.batch * call.blocks,),
+                x, low_rank, dt_weight, dt_bias, A, D, part.order, partial, y, numbers=numbers, **flags,
+            )  # fmt: skip
+        else:
+            call.launch(
+                part, pair_kernel, (part.batch * pieces * call.blocks,),
+                x, low_rank, dt_weight, dt_bias, A, D, part.order, state, history, prefix, partial, y,
+                numbers=numbers, **flags, SPLIT=part.segments > 1,
+            )  # fmt: skip
 
 
 def _trace(
@@ -391,7 +417,8 @@ def backward(
     sums = x.new_empty(len(call.parts), sum(call.weights), dtype=torch.float32)
     for row, part in zip(sums, call.parts, strict=True):
         maps = call.cut((dy, x, low_rank, dx, dlow_rank), part)
-        torch.sum(_backward(call, part, maps, dt_weight, dt_bias, A, D), 0, out=row)
+        dweights = (_backward_pairs if call.pairs else _backward)(call, part, maps, dt_weight, dt_bias, A, D)
+        torch.sum(dweights, 0, out=row)
     grads = torch.ops.aten.split_with_sizes_copy(sums.sum(0) if len(sums) > 1 else sums[0], call.weights)
     return dx, dlow_rank, *(grad.view(m.shape).to(m.dtype) for grad, m in zip(grads, weights, strict=True))
 
@@ -418,6 +445,38 @@ def _backward(
     )  # fmt: skip
     if not call.direct:
         call.merge(part, partial, dx)
+    if dlow is not dlow_rank:
+        call.merge(part, dlow, dlow_rank)
+    return dweights
+
+
+def _backward_pairs(
+    call: _Call, part: _Part, maps: Sequence[Tensor], dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor
+) -> Tensor:
+    """As ``_backward``, each route and its reverse together, one pair after the other on the result itself: sums of
+    pairs are rounded to the map's dtype."""
+    dy, x, low_rank, dx, dlow_rank = maps
+    assert call.pairs is not None
+    total = call.per_segment(part, A)
+    state, adjoint = call.per_segment(part, A, call.state), call.per_segment(part, A, call.state)
+    split = part.segments > 1
+    if split:
+        call.launch(
+            part, walk_kernel, call.walks(part),
+            x, dy, low_rank, dt_weight, dt_bias, A, D, part.order, state, total, state, adjoint, state, state, x,
+            OUTPUT=False, TRACE=False, ADJOINT=True, PARTIAL=False, SPLIT=True,
+        )  # fmt: skip
+        call.carry(part, total, state, A, back=False)
+        call.carry(part, total, adjoint, A, back=True)
+    dlow = low_rank.new_empty(call.blocks, *low_rank.shape) if call.blocks > 1 else dlow_rank
+    pieces = ceil_div(part.segments, part.piece)
+    dweights = x.new_empty(part.batch * pieces, sum(call.weights), dtype=torch.float32)
+    for place, (ahead, back) in enumerate(call.pairs):
+        call.launch(
+            part, pair_gradient_kernel, (part.batch * pieces * call.blocks,),
+            dy, x, low_rank, dt_weight, dt_bias, A, D, part.order, state, adjoint, dx, dlow, dweights,
+            numbers=(ahead, back, part.piece), ADD=place > 0, SPLIT=split,
+        )  # fmt: skip
     if dlow is not dlow_rank:
         call.merge(part, dlow, dlow_rank)
     return dweights

@@ -204,7 +204,7 @@ def kernels() -> dict[str, Kernel]:
         mock.patch.dict(sys.modules, dialect),
         mock.patch.object(triton.experimental, "gluon", dialect["triton.experimental.gluon"]),
     ):
-        for name in ("gpu_block_parts", "gpu_block_kernels"):
+        for name in ("gpu_block_parts", "gpu_block_kernels", "gpu_pair_kernels"):
             spec = importlib.util.find_spec(f"{package}.{name}")
             sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)

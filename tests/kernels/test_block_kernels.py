@@ -20,7 +20,7 @@ if not gpu_blocks.HAS_GLUON:
 if torch.cuda.is_available():
     pytest.skip("carry_kernel and merge_kernel run in Triton's interpreter here", allow_module_level=True)
 
-KERNELS = ("walk_kernel", "pair_kernel", "gradient_kernel")
+KERNELS = ("walk_kernel", "gradient_kernel", "pair_kernel", "pair_walk_kernel", "pair_gradient_kernel")
 CPU = torch.device("cpu")
 
 

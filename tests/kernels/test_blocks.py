@@ -38,7 +38,9 @@ def test_kernels_compile_and_are_launched_again_with_the_same_arguments(capabili
     assert run.returncode == 0, run.stderr
     rows = {row["case"]: row for row in map(json.loads, run.stdout.splitlines())}
     assert all(row["same"] for row in rows.values())
-    assert rows["pairs"]["programs"].count("pair_kernel") == 2
+    assert rows["pairs"]["programs"].count("pair_walk_kernel") == 2
+    assert rows["pairs, cut"]["programs"].count("pair_kernel") == 2
+    assert rows["pairs, cut"]["programs"].count("pair_gradient_kernel") == 2
     assert "merge_kernel" not in rows["direct"]["programs"]
     assert rows["pairs, cut"]["programs"].count("carry_kernel") == 3
     assert len(rows) == 6
