@@ -257,7 +257,7 @@ class _Call:
 
     def merge(self, part: _Part, parts: Tensor, out: Tensor) -> None:
         """The sum of ``parts`` over their first axis."""
-        key = merge_kernel, part.samples.start, out.dtype, out.shape
+        key = merge_kernel, part.samples.start, parts.dtype, parts.shape, out.dtype
         launcher = self.launchers.get(key)
         if launcher is None:
             grid, numbers = (ceil_div(out.numel(), 1024),), (parts.shape[0], out.numel())

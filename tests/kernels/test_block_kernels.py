@@ -61,6 +61,7 @@ def launch(self, *tensors):
         pytest.param(Case(1, (4, 4), 8, 1, 2, (ROW,)), torch.float16, 1, 2**30, id="one route"),
         pytest.param(Case(1, (4, 4), 8, 1, 2, CROSS[:3]), torch.float16, 1, 2**30, id="no pairs"),
         pytest.param(Case(1, (6, 12), 32, 4, 6, BIDIRECTIONAL), torch.bfloat16, 4, 2**30, id="several states, cut"),
+        pytest.param(Case(1, (2, 2), 64, 2, 4, 2 * CROSS), torch.float16, 1, 2**30, id="as many columns as channels"),
     ],
 )
 def test_values_and_gradients(case, dtype, units, scratch, monkeypatch):
