@@ -10,8 +10,9 @@ context, are gone on from. OUT is a video (.mp4, .gif, .mkv) of the frames that 
 of the context, true ones and generated ones (.png). If the task is to classify clips, OUT is a .json file of classes
 and their probabilities.
 
-Cines: IN is a NIfTI file of four axes, the last of them time, and OUT one of the labels of every frame. Beside it go an
-overlay of two frames (.png) and each frame's volumes in millilitres (.csv), where the largest and smallest are marked.
+Cines: as volumes, of NIfTI files of four axes, the last of them time; a case in a folder of its own is the file whose
+name ends as the config's modalities say. Every frame is labelled. The overlay is of two frames, and the table has each
+frame's volumes, the largest and smallest marked.
 
 Examples:
   vision-ssm predict medical/deep_grey_vmamba_unet runs/brain/weights.safetensors in.nii.gz out.nii.gz
@@ -20,6 +21,7 @@ Examples:
   vision-ssm predict video/moving_digits_convs5_nano runs/digits/weights.safetensors in.mp4 out.mp4 --frames 1000
   vision-ssm predict video/moving_digits_heading runs/heading/weights.safetensors in.mp4 classes.json
   vision-ssm predict video/acdc_cine_unet runs/cine/weights.safetensors cine.nii.gz labels.nii.gz
+  vision-ssm predict video/acdc_cine_unet runs/cine/weights.safetensors ACDC/database/testing labels/ --flips xy
 """
 
 import argparse
@@ -56,10 +58,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("config", help="path of a config, or a name under configs/ such as medical/deep_grey_vmamba_unet")
     p.add_argument("checkpoint", type=Path, help="weights (.safetensors) or a checkpoint (.pth) of that config")
-    p.add_argument("source", type=Path, metavar="IN", help="volume, DICOM series or folder of cases; clip; or cine")
+    p.add_argument("source", type=Path, metavar="IN", help="volume, DICOM series, cine, or folder of cases; or clip")
     p.add_argument("target", type=Path, metavar="OUT", help="label map to write (.nii, .nii.gz), folder, video, .json")
     p.add_argument("--overwrite", action="store_true", help="replace files that exist, and label finished cases anew")
-    volumes = p.add_argument_group("volumes", argument_default=argparse.SUPPRESS)
+    volumes = p.add_argument_group("volumes and cines", argument_default=argparse.SUPPRESS)
     volumes.add_argument("--probabilities", action="store_true", help="also write the probability of every class")
     volumes.add_argument(
         "--flips", nargs="?", const="xyz", metavar="AXES", help="average over flips; xyz if no axes follow"

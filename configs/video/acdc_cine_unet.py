@@ -23,6 +23,7 @@ with read_base():
 data_root = "data/ACDC/database/training"
 score = "dice/mean"  # shown while training
 classes = ("right_ventricle", "myocardium", "left_ventricle")
+modalities = ("4d",)  # in a patient's folder, the cine is the file that ends in this
 
 model = dict(
     type=CineSegmentation,

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 from torch.testing import assert_close
 
 from vision_ssm.data.draws import Draws
@@ -185,7 +187,7 @@ def test_frames_are_as_far_apart_as_in_training_and_slices_whole(weights, tmp_pa
     config = load_config(CINE, [*SMALL, "test_dataloader.dataset.frames=3", "test_dataloader.dataset.spacing=None"])
     task = load_task(config, weights)
     path = save_cine(tmp_path / "in.nii", beat())
-    found = CinePredictor(config, task)(path)
+    found = CinePredictor(config, task)(path).argmax(axis=0)
     voxels = nibabel.load(path).get_fdata(dtype=np.float32)
     low, high = np.percentile(voxels, (1, 99))
     scaled = torch.from_numpy(np.clip((voxels - low) / (high - low) * 2 - 1, -1, 1).astype(np.float32))
@@ -196,16 +198,25 @@ def test_frames_are_as_far_apart_as_in_training_and_slices_whole(weights, tmp_pa
             assert (found[:, :, z, first::2] == classes).mean() > 0.999  # but for ties of rounding
 
 
+class Bright(nn.Module):
+    """Tells what is bright, as class 1, from what is dark; there is nothing else."""
+
+    net = nn.Identity()
+
+    def forward(self, film):
+        return torch.cat([-film, film, *[film - 9] * 2], dim=2)
+
+
 @pytest.mark.parametrize("spacing", [0.9, 1.5, 2.0])
 def test_labels_lie_where_the_image_is(spacing, tmp_path):
     """At any spacing in between: a network that tells bright from dark finds what is bright, off its middle, too."""
     config = load_config(CINE, [*SMALL, f"test_dataloader.dataset.spacing={spacing}"])
-    predictor = CinePredictor(config, lambda video: torch.cat([-video, video], dim=2))
+    predictor = CinePredictor(config, Bright())
     bright = np.zeros((30, 26, 3, 4), bool)
     for z in range(3):
         for t in range(4):
             bright[4 + t : 14, 15 - 2 * z : 22, z, t] = True
-    found = predictor(save_cine(tmp_path / "in.nii", 100.0 * bright)) == 1
+    found = predictor(save_cine(tmp_path / "in.nii", 100.0 * bright)).argmax(axis=0) == 1
     for z in range(3):
         for t in range(4):
             both = 2 * (found & bright)[:, :, z, t].sum() / (found.sum((0, 1)) + bright.sum((0, 1)))[z, t]
@@ -218,7 +229,58 @@ def test_labels_lie_where_the_image_is(spacing, tmp_path):
 def test_cines_of_any_size_are_labelled(size, weights, tmp_path):
     config = load_config(CINE, SMALL)
     source = save_cine(tmp_path / "in.nii", np.random.default_rng(0).normal(size=size))
-    assert CinePredictor(config, load_task(config, weights))(source).shape == size
+    assert CinePredictor(config, load_task(config, weights))(source).shape == (4, *size)
+
+
+@torch.no_grad()
+def test_flips_are_averaged(weights, tmp_path):
+    """As a flipped file is labelled by itself and flipped back; along z nothing changes."""
+    config = load_config(CINE, SMALL)
+    task, voxels = load_task(config, weights), beat()
+    plain = CinePredictor(config, task)
+    flipped = np.flip(plain(save_cine(tmp_path / "flipped.nii", voxels[::-1])), axis=1)
+    source = save_cine(tmp_path / "in.nii", voxels)
+    wanted = (plain(source) + flipped) / 2
+    for flips in ("x", "zx"):
+        assert np.abs(CinePredictor(config, task, flips=flips)(source) - wanted).max() < 1e-5
+    assert np.abs(plain(source) - wanted).max() > 1e-4
+    assert len({CinePredictor(config, task, flips=flips).mark for flips in ("", "x", "y", "xy")}) == 4
+    assert CinePredictor(config, task, flips="z").mark == plain.mark
+
+
+def test_a_folder_of_cines_goes_on_and_a_bad_one_is_reported(acdc, weights, tmp_path, capsys):
+    """Files and folders of patients; what was labelled is kept as it is, and one case that fails leaves the others."""
+    cases, out = tmp_path / "cases", tmp_path / "out"
+    shutil.copytree(acdc / "patient001", cases / "a")
+    save_cine(cases / "b.nii.gz", beat())
+    save_cine(cases / "c.nii", beat()[..., 0])
+    save_cine(cases / "d.nii", beat())
+    command = ["predict", CINE, str(weights), str(cases), str(out), "--probabilities", "--set", *SMALL]
+    assert cli.main(command) == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("vision-ssm: c failed: ") and "a cine has 4" in shown.err and shown.err.count("\n") == 1
+    assert "3 labelled, 0 kept from before, 1 failed" in shown.out
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert found == {"volumes.csv"} | {
+        part for name in "abd" for part in (f"{name}.nii.gz", f"overlays/{name}.png", f"probabilities/{name}.nii.gz")
+    }
+    chances, labels = (nibabel.load(out / place / "b.nii.gz") for place in ("probabilities", ""))
+    assert chances.shape == (*labels.shape, 4) and chances.header["pixdim"][4] == labels.header["pixdim"][4] > 0
+    assert np.array_equal(chances.get_fdata().argmax(-1), labels.get_fdata())
+    assert_close(chances.get_fdata().sum(-1), np.ones(labels.shape), rtol=0, atol=1e-5)
+
+    table = (out / "volumes.csv").read_text()
+    stamp = (out / "a.nii.gz").stat().st_mtime_ns
+    (out / "b.nii.gz").unlink()
+    (out / "volumes.csv").unlink()
+    (cases / "c.nii").unlink()
+    assert cli.main(command) == 0
+    assert "1 labelled, 2 kept from before, 0 failed" in capsys.readouterr().out
+    assert (out / "volumes.csv").read_text() == table
+    assert (out / "a.nii.gz").stat().st_mtime_ns == stamp
+    assert "--overwrite" in refused(capsys, *command, "--flips", "x")
+    (out / "volumes.csv").write_text("case,class,label,voxels,millilitres\n")
+    assert "has the columns case, class, label" in refused(capsys, *command)
 
 
 def test_eval_scores_the_frames_that_have_labels(acdc, weights, tmp_path, monkeypatch):
@@ -228,7 +290,7 @@ def test_eval_scores_the_frames_that_have_labels(acdc, weights, tmp_path, monkey
     def right(self, path):
         calls.append(path)
         voxels = nibabel.load(path).get_fdata()
-        return (3 * (voxels > 50)).astype(np.uint8)
+        return np.stack([voxels <= 50, voxels < 0, voxels < 0, voxels > 50]).astype(np.float32)
 
     monkeypatch.setattr(CinePredictor, "__call__", right)
     out = tmp_path / "scores.json"
@@ -259,14 +321,15 @@ def test_bad_cines_are_one_line_and_leave_nothing(acdc, weights, tmp_path, capsy
     def cine(voxels: np.ndarray) -> Path:
         return save_cine(tmp_path / "bad.nii", voxels)
 
-    assert "must end in .nii or .nii.gz" in fails(good, target=out.parent)
+    assert "must end in .nii or .nii.gz" in fails(good, target=out.with_suffix(".png"))
+    assert "axes x, y and z" in refused(capsys, "predict", CINE, weights, good, out, "--flips", "t", "--set", *SMALL)
     assert "no such folder" in fails(good, target=tmp_path / "absent" / "out.nii")
     assert "is the input itself" in fails(good, target=good)
     assert "has 3 dimensions (24, 20, 2); a cine has 4" in fails(cine(beat()[..., 0]))
     assert "has no contrast" in fails(cine(np.ones((4, 4, 1, 3))))
     assert "NaN or infinite" in fails(cine(np.full((4, 4, 1, 3), np.nan)))
     assert "no such volume" in fails(tmp_path / "absent.nii")
-    assert "no such volume" in fails(tmp_path)
+    assert "holds 4 cases; give a folder" in fails(tmp_path)
     good.write_bytes(good.read_bytes()[:-100])
     assert "in.nii is truncated or damaged" in fails(good)
     assert "another model" in fails(good, "model.net.mixer=identity")

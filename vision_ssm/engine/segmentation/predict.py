@@ -1,10 +1,9 @@
-"""Label maps for new volumes, on the volumes' own grids, one at a time or a folder of them."""
+"""Label maps for new volumes and cines, on their own grids, one at a time or a folder of them."""
 
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import nibabel
 import numpy as np
@@ -13,17 +12,16 @@ from nibabel.filebasedimages import ImageFileError
 from rich.console import Console
 from rich.progress import track
 
-from vision_ssm.data.dicom import read_series
 from vision_ssm.engine.checkpoint import make_writable, write_atomically
 from vision_ssm.engine.figures import save_figure
 from vision_ssm.engine.outputs import require_outputs
-from vision_ssm.engine.segmentation.cases import Case, find_cases, nifti_suffix
-from vision_ssm.engine.segmentation.overlays import overlays, upright
-from vision_ssm.engine.segmentation.predictor import Predictor
-from vision_ssm.engine.segmentation.volumes import read_volumes, volumes, write_volumes
+from vision_ssm.engine.segmentation.cases import Case, Modalities, find_cases, nifti_suffix
+from vision_ssm.engine.segmentation.overlays import overlays
+from vision_ssm.engine.segmentation.predictor import Labelled, Predictor
+from vision_ssm.engine.segmentation.volumes import read_volumes, write_volumes
 from vision_ssm.engine.training.evaluate import load_task
 
-__all__ = ["Batch", "Outputs", "label", "on_grid", "predict_file", "predict_folder"]
+__all__ = ["Batch", "Labeller", "Outputs", "label", "label_by", "predict_file", "predict_folder"]
 
 QFORM = ("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
 
@@ -37,6 +35,19 @@ GRID = ("pixdim", "xyzt_units", *QFORM, *SFORM)  # fields of a NIfTI header that
 FAILURES = (ValueError, TypeError, LookupError, OSError, RuntimeError, MemoryError)
 
 
+class Labeller(Protocol):
+    """What labels cases: of volumes ``Predictor`` does, which says what its parts are."""
+
+    classes: tuple[str, ...]
+    modalities: Modalities
+    columns: Sequence[str]
+    mark: str
+
+    def label(self, case: Case) -> Labelled: ...
+
+    def table(self, case: str, labels: Any) -> list[dict[str, Any]]: ...
+
+
 @dataclass(frozen=True)
 class Outputs:
     """Files of one case; the label map is written last, so where it is, all are.
@@ -44,7 +55,7 @@ class Outputs:
     Attributes:
         labels: NIfTI file of uint8 classes (x, y, z), or uint16 if there are more than 255.
         overlay: PNG of the labels over the image.
-        probabilities: NIfTI file (x, y, z, classes), or None if it is not asked for.
+        probabilities: NIfTI file (x, y, z, classes), or (x, y, z, t, classes) of a cine; None if not asked for.
         volumes: CSV of the millilitres of each class; a folder's cases share one.
     """
 
@@ -96,17 +107,36 @@ def label(
     probabilities: bool = False,
     flips: str = "",
 ) -> int:
-    """Labels a volume, or every case of a folder, by a checkpoint of a config; 1 if a case of a folder failed, else 0.
+    """Labels volumes by a checkpoint of a config, as ``label_by`` does.
+
+    Args:
+        flips: see ``Predictor``.
+
+    Raises:
+        FileExistsError, PermissionError, FileNotFoundError, ValueError: see these and ``load_task``.
+    """
+    predictor = Predictor(config, load_task(config, checkpoint), flips=flips)
+    return label_by(predictor, source, target, console=console, overwrite=overwrite, probabilities=probabilities)
+
+
+def label_by(
+    predictor: Labeller,
+    source: Path,
+    target: Path,
+    *,
+    console: Console,
+    overwrite: bool = False,
+    probabilities: bool = False,
+) -> int:
+    """Labels one case, or every case of a folder; 1 if a case of a folder failed, else 0.
 
     Args:
         target: a label map (.nii or .nii.gz), see ``predict_file``; or a folder, see ``predict_folder``.
         console: where the progress goes; failures go to stderr.
-        flips: see ``Predictor``.
 
     Raises:
         FileExistsError, PermissionError, FileNotFoundError, ValueError: see these.
     """
-    predictor = Predictor(config, load_task(config, checkpoint), flips=flips)
     if nifti_suffix(target) or (target.suffix and not target.exists()):
         written = predict_file(predictor, source, target, probabilities=probabilities, overwrite=overwrite)
         console.print(f"labels:  {written.labels}\noverlay: {written.overlay}\nvolumes: {written.volumes}")
@@ -121,7 +151,7 @@ def label(
 
 
 def predict_file(
-    predictor: Predictor, source: Path, target: Path, *, probabilities: bool = False, overwrite: bool = False
+    predictor: Labeller, source: Path, target: Path, *, probabilities: bool = False, overwrite: bool = False
 ) -> Outputs:
     """Labels ``source`` and writes the map to ``target``, its overlay and its volumes beside it.
 
@@ -144,12 +174,12 @@ def predict_file(
     case, *others = find_cases(source, predictor.modalities)
     if others:
         raise ValueError(f"{source} holds {len(others) + 1} cases; give a folder instead of {target} for their labels")
-    write_volumes(outputs.volumes, {case.name: write_case(predictor, case, outputs)})
+    write_volumes(outputs.volumes, {case.name: write_case(predictor, case, outputs)}, predictor.columns)
     return outputs
 
 
 def predict_folder(
-    predictor: Predictor,
+    predictor: Labeller,
     source: Path,
     folder: Path,
     *,
@@ -172,19 +202,21 @@ def predict_folder(
         FileExistsError: ``folder`` holds a label map of one of these names that is not by this very predictor, and
             ``overwrite`` is off.
         PermissionError: ``folder`` cannot be written.
-        FileNotFoundError, ValueError: ``folder`` lies among the images, or ``source`` has no cases.
+        FileNotFoundError, ValueError: ``folder`` lies among the images or has another table of volumes, or ``source``
+            has no cases.
     """
     require_apart(folder, source)
     cases = find_cases(source, predictor.modalities)
     outputs = {case.name: Outputs.within(folder, case.name, probabilities=probabilities) for case in cases}
     if not overwrite:
         require_own(predictor, [one.labels for one in outputs.values()])
+    rows = read_volumes(folder / "volumes.csv", predictor.columns)
     make_folders(folder, outputs.values())
     if overwrite:
-        for one in outputs.values():
+        for name, one in outputs.items():
             one.labels.unlink(missing_ok=True)  # an older one would pass for finished, if this call were killed
+            rows.pop(name, None)
 
-    rows = read_volumes(folder / "volumes.csv")
     batch = Batch([], [], {})
     for case in track(cases, "labelling", console=console, disable=not console.is_terminal):
         one = outputs[case.name]
@@ -193,8 +225,8 @@ def predict_folder(
             if not finished:
                 rows[case.name] = write_case(predictor, case, one)
             elif case.name not in rows:
-                rows[case.name] = volumes(case.name, nibabel.load(one.labels), predictor.classes)
-            write_volumes(one.volumes, rows)
+                rows[case.name] = predictor.table(case.name, nibabel.load(one.labels))
+            write_volumes(one.volumes, rows, predictor.columns)
         except FAILURES as error:
             batch.failed[case.name] = " ".join(str(error).split()) or type(error).__name__
         else:
@@ -212,7 +244,7 @@ def require_apart(folder: Path, source: Path) -> None:
         raise ValueError(f"output {folder} lies among the images in {images}; choose a folder outside")
 
 
-def require_own(predictor: Predictor, maps: Iterable[Path]) -> None:
+def require_own(predictor: Labeller, maps: Iterable[Path]) -> None:
     """Raises FileExistsError unless every map that exists is by this network with these settings."""
     for path in filter(Path.exists, maps):
         try:
@@ -232,42 +264,28 @@ def make_folders(folder: Path, outputs: Iterable[Outputs]) -> None:
         make_writable(needed)
 
 
-def write_case(predictor: Predictor, case: Case, outputs: Outputs) -> list[dict[str, Any]]:
+def write_case(predictor: Labeller, case: Case, outputs: Outputs) -> list[dict[str, Any]]:
     """Labels one case and writes its maps, the labels last; returns its rows of the table of volumes."""
-    with tempfile.TemporaryDirectory() as scratch:
-        images = [as_nifti(path, Path(scratch)) for path in case.images()]
-        chances = predictor(images)
-        source: Any = nibabel.load(images[0])
-        background = np.asarray(source.dataobj, dtype=np.float32)
-    if background.ndim == 4:  # all channels in one file
-        background = background[..., 0]
-    labels = chances.argmax(axis=0).astype(np.min_scalar_type(len(chances) - 1))
-    image = on_grid(labels, source, predictor.mark)
-    shown = upright(background, {"prediction": labels}, source.affine)
-    save_figure(outputs.overlay, overlays({"": shown}, predictor.classes))
+    found = predictor.label(case)
+    save_figure(outputs.overlay, overlays(found.shown, predictor.classes))
     if outputs.probabilities:
-        maps = on_grid(np.moveaxis(chances, 0, -1), source, predictor.mark)
+        maps = on_grid(np.moveaxis(found.probabilities, 0, -1), found, predictor.mark)
         write_atomically(outputs.probabilities, lambda partial: nibabel.save(maps, partial))
-    write_atomically(outputs.labels, lambda partial: nibabel.save(image, partial))
-    return volumes(case.name, image, predictor.classes)
+    labels = on_grid(found.labels, found, predictor.mark)
+    write_atomically(outputs.labels, lambda partial: nibabel.save(labels, partial))
+    return predictor.table(case.name, labels)
 
 
-def as_nifti(path: Path, scratch: Path) -> Path:
-    """The path itself, or of a DICOM series a NIfTI file in ``scratch``: configs read one format."""
-    if not path.is_dir():
-        return path
-    voxels, affine = read_series(path)
-    converted = scratch / f"{len(list(scratch.iterdir()))}.nii"
-    nibabel.save(nibabel.Nifti1Image(voxels, affine), converted)
-    return converted
+def on_grid(voxels: np.ndarray, found: Labelled, mark: str) -> nibabel.Nifti1Image:
+    """Labels, or probabilities with their classes last, with the very grid of their source.
 
-
-def on_grid(voxels: np.ndarray, source: Any, mark: str) -> nibabel.Nifti1Image:
-    """Voxels (x, y, z) or (x, y, z, c) with the very grid of ``source``, both of its transforms included."""
+    Both of its transforms are kept, and the time between the frames of a cine.
+    """
+    source, axes = found.source, found.labels.ndim
     header = nibabel.Nifti1Header()
-    for field in GRID:
+    for field in GRID if axes == 3 else (*GRID, "toffset"):
         header[field] = source.header[field]
-    header["pixdim"][4:] = 1
+    header["pixdim"][axes + 1 :] = 1
     header["descrip"] = mark
     header.set_data_dtype(voxels.dtype)
     return nibabel.Nifti1Image(voxels, source.affine, header)

@@ -25,7 +25,7 @@ def volumes(case: str, labels: Any, classes: Sequence[str]) -> list[dict[str, An
     return [dict(zip(COLUMNS, (*row, f"{row[3] * millilitres:.6g}"), strict=True)) for row in numbers]
 
 
-def write_volumes(path: Path, rows: Rows, columns: Sequence[str] = COLUMNS) -> None:
+def write_volumes(path: Path, rows: Rows, columns: Sequence[str]) -> None:
     """Writes the table whole, by case."""
 
     def write(partial: Path) -> None:
@@ -37,12 +37,22 @@ def write_volumes(path: Path, rows: Rows, columns: Sequence[str] = COLUMNS) -> N
     write_atomically(path, write)
 
 
-def read_volumes(path: Path) -> Rows:
-    """A table that ``write_volumes`` wrote; of cases whose label maps are gone, nothing is kept."""
+def read_volumes(path: Path, columns: Sequence[str]) -> Rows:
+    """A table that ``write_volumes`` wrote; of cases whose label maps are gone, nothing is kept.
+
+    Raises:
+        ValueError: it has other columns.
+    """
     rows: Rows = {}
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
+            table = csv.DictReader(file)
+            if (found := tuple(table.fieldnames or ())) != tuple(columns):
+                raise ValueError(
+                    f"{path} has the columns {', '.join(found) or 'of an empty file'}, here they are "
+                    f"{', '.join(columns)}; choose another folder"
+                )
+            for row in table:
                 if (path.parent / f"{row['case']}.nii.gz").exists():
                     rows.setdefault(row["case"], []).append(dict(row))
     return rows

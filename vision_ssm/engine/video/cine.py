@@ -12,54 +12,66 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from rich.console import Console
+from torch import Tensor
 
-from vision_ssm._version import __version__
 from vision_ssm.data.cine import CineSlices, check_labelled, read_cine, read_labels
-from vision_ssm.engine.checkpoint import write_atomically
-from vision_ssm.engine.config import build, config_name, resolve
-from vision_ssm.engine.figures import save_figure
-from vision_ssm.engine.outputs import require_output, require_outputs
-from vision_ssm.engine.segmentation.cases import nifti_suffix, stem
+from vision_ssm.engine.config import build, config_name, resolve, settings
+from vision_ssm.engine.outputs import require_output
+from vision_ssm.engine.segmentation.cases import Case, stem
 from vision_ssm.engine.segmentation.measures import report, score_samples
-from vision_ssm.engine.segmentation.overlays import overlays, upright
-from vision_ssm.engine.segmentation.predict import Outputs, on_grid
+from vision_ssm.engine.segmentation.overlays import upright
+from vision_ssm.engine.segmentation.predict import label_by
+from vision_ssm.engine.segmentation.predictor import Labelled, flip_sets, mark_of, most_probable
 from vision_ssm.engine.segmentation.samples import Sample, Volumes, spacing_of
-from vision_ssm.engine.segmentation.volumes import volumes, write_volumes
+from vision_ssm.engine.segmentation.volumes import volumes
 from vision_ssm.engine.training.device import device
 from vision_ssm.engine.training.evaluate import load_task
 from vision_ssm.engine.video.clips import CineSegmentation
 
 __all__ = ["CinePredictor", "label_cine", "measure_cines"]
 
+FILM_X, FILM_Z = 3, 5  # axes of a film (1, t, 1, h, w), as if z followed x and y
 FRAME_COLUMNS = ("case", "frame", "class", "label", "voxels", "millilitres", "extreme")
 
 
 class CinePredictor:
-    """A trained network that gives every voxel of every frame of a cine its class.
+    """A trained network that gives every voxel of every frame of a cine its probabilities.
 
     Slices are scaled and resampled as the config's test set does, but whole. The network sees frames as far apart as
     there: where a cine has several times as many, those between are clips of their own.
 
+    Attributes:
+        columns, mark: as of ``Predictor``.
+
     Args:
         config: one that segments cines.
         task: built from it, with trained weights, in evaluation mode.
+        flips: axes of a cine, such as "xy"; probabilities are averaged over all flips along them. One along z changes
+            nothing, since slices are labelled one by one.
 
     Raises:
-        ValueError: the config does not test on ``CineSlices``.
+        ValueError: the config does not test on ``CineSlices``, or an axis is none of x, y and z.
     """
 
-    def __init__(self, config: Config, task: CineSegmentation) -> None:
+    columns = FRAME_COLUMNS
+
+    def __init__(self, config: Config, task: CineSegmentation, *, flips: str = "") -> None:
         options = config.test_dataloader.dataset
         if resolve(options["type"]) is not CineSlices:
             raise ValueError(f"config {config_name(config)} must test on CineSlices, which say how cines are prepared")
+        self.flips = [axes for axes in flip_sets(flips, x=FILM_X) if FILM_Z not in axes]
         self.task = task
         self.cases = options["cases"]
         self.reader: CineSlices = build({**options, "cases": ()})
         self.classes = tuple(config.classes)
+        self.modalities = tuple(config.get("modalities", ()))
+        prepared = {name: value for name, value in options.items() if name != "cases"}
+        parts = {"model": settings(config)["model"], "prepare": prepared, "classes": self.classes}
+        self.mark = mark_of(parts, self.flips, task.net)
 
     @torch.no_grad()
     def __call__(self, path: Path) -> np.ndarray:
-        """Classes (x, y, z, t) on the grid of a file.
+        """Probabilities of background and classes, (c, x, y, z, t), on the grid of a file; they sum to one.
 
         Raises:
             FileNotFoundError, ValueError: the file is missing or no cine, see ``read_cine``, or the network's output is
@@ -68,61 +80,81 @@ class CinePredictor:
         voxels, affine = read_cine(path)
         slices, _ = self.reader.resampled(voxels, affine, "bilinear")
         apart = max(1, voxels.shape[3] // self.reader.frames)
-        labels = np.zeros(voxels.shape, np.min_scalar_type(len(self.classes)))
+        chances = np.empty((len(self.classes) + 1, *voxels.shape), np.float32)
         for z, film in enumerate(slices):
             for first in range(apart):
-                logits = self.task(film[None, first::apart, None].to(device()))[0].float()
-                if not logits.isfinite().all():
+                maps = self.averaged(film[None, first::apart, None].to(device()), voxels.shape[:2])
+                if not maps.isfinite().all():
                     raise ValueError(f"the network's output for {path} is not finite; check its weights")
-                maps = F.interpolate(logits, size=voxels.shape[:2], mode="bilinear").argmax(dim=1)
-                labels[:, :, z, first::apart] = maps.movedim(0, -1).cpu().numpy()
-        return labels
+                chances[:, :, :, z, first::apart] = maps.permute(1, 2, 3, 0).cpu().numpy()
+        return chances
+
+    def averaged(self, film: Tensor, size: Sequence[int]) -> Tensor:
+        """Probabilities (t, c, x, y) of ``size`` of a film (1, t, 1, h, w), the mean over the flips."""
+        total = torch.zeros(())
+        for axes in self.flips:
+            logits = self.task(film.flip(axes)).float().flip(axes)[0]
+            maps = F.interpolate(logits, size=tuple(size), mode="bilinear").softmax(dim=1)
+            total = total.to(maps.device) + maps
+        return total / len(self.flips)
+
+    def label(self, case: Case) -> Labelled:
+        """A case of one NIfTI file, shown where most and where least is labelled.
+
+        Raises:
+            FileNotFoundError, ValueError: it is of several files, or a DICOM series, or as for a call.
+        """
+        path, *others = case.images()
+        if others or path.is_dir():
+            raise ValueError(f"{case.place} is no cine, which is one NIfTI file of x, y, z and time; convert it to one")
+        chances = self(path)
+        image: Any = nibabel.load(path)
+        labels = most_probable(chances)
+        counts = (labels > 0).sum(axis=(0, 1, 2))
+        shown = {
+            f"frame {frame + 1}, {title}": upright(
+                np.asarray(image.dataobj[..., frame], np.float32), {"prediction": labels[..., frame]}, image.affine
+            )
+            for title, frame in {"most labelled": int(counts.argmax()), "least labelled": int(counts.argmin())}.items()
+        }
+        return Labelled(source=image, probabilities=chances, labels=labels, shown=shown)
+
+    def table(self, case: str, labels: Any) -> list[dict[str, Any]]:
+        """Rows of the volumes in each frame of a label map, as nibabel reads it."""
+        return by_frame(case, labels, self.classes)
 
 
 def label_cine(
-    config: Config, checkpoint: Path, source: Path, target: Path, *, console: Console, overwrite: bool = False
+    config: Config,
+    checkpoint: Path,
+    source: Path,
+    target: Path,
+    *,
+    console: Console,
+    overwrite: bool = False,
+    probabilities: bool = False,
+    flips: str = "",
 ) -> int:
-    """Labels every frame of a cine by a checkpoint of a config; returns 0.
+    """Labels every frame of a cine, or of every cine of a folder, by a checkpoint of a config, as ``label_by`` does.
 
-    Beside the label map go an overlay of the frames in which most and least is labelled, and a table of the volumes of
-    each class in each frame, with the frames in which it is largest and smallest. The label map is written last.
+    The overlays show the frames in which most and least is labelled. The table has the volumes of each class in each
+    frame, and says in which it is largest and smallest.
 
     Args:
-        source: NIfTI file of x, y, z and time.
-        target: label map to write (.nii or .nii.gz), on the very grid of ``source``, time included.
-        overwrite: replace files that exist.
+        flips: see ``CinePredictor``.
 
     Raises:
-        FileExistsError, PermissionError: an output exists and ``overwrite`` is off, or their folder cannot be written.
-        FileNotFoundError, ValueError: a file is missing, unreadable, of another model, or no cine; or the network's
-            output is not finite. Nothing is written then.
+        FileExistsError, PermissionError, FileNotFoundError, ValueError: see ``label_by``, ``load_task`` and
+            ``CinePredictor``.
     """
-    if nifti_suffix(target) is None:
-        raise ValueError(f"output {target} must end in .nii or .nii.gz; cines are labelled one by one")
-    outputs = Outputs.beside(target, probabilities=False)
-    require_outputs([*outputs.maps(), outputs.volumes], source, overwrite=overwrite)
+    predictor = cine_predictor(config, checkpoint, flips=flips)
+    return label_by(predictor, source, target, console=console, overwrite=overwrite, probabilities=probabilities)
+
+
+def cine_predictor(config: Config, checkpoint: Path, *, flips: str = "") -> CinePredictor:
     task = load_task(config, checkpoint)
     assert isinstance(task, CineSegmentation)
-    predictor = CinePredictor(config, task)
-    labels = predictor(source)
-    image: Any = nibabel.load(source)
-    result = on_grid(labels, image, f"vision_ssm {__version__}")
-    for field in ("pixdim", "toffset"):
-        result.header[field] = image.header[field]
-    table = by_frame(stem(source), result, predictor.classes)
-    shown = (labels > 0).sum(axis=(0, 1, 2))
-    extremes = {"most labelled": int(shown.argmax()), "least labelled": int(shown.argmin())}
-    figure = {
-        f"frame {frame + 1}, {title}": upright(
-            np.asarray(image.dataobj[..., frame], np.float32), {"prediction": labels[..., frame]}, image.affine
-        )
-        for title, frame in extremes.items()
-    }
-    save_figure(outputs.overlay, overlays(figure, predictor.classes))
-    write_volumes(outputs.volumes, {stem(source): table}, FRAME_COLUMNS)
-    write_atomically(target, lambda partial: nibabel.save(result, partial))
-    console.print(f"labels:  {target}\noverlay: {outputs.overlay}\nvolumes: {outputs.volumes}")
-    return 0
+    return CinePredictor(config, task, flips=flips)
 
 
 def by_frame(case: str, image: Any, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -155,9 +187,7 @@ def measure_cines(
             or the test set has no labels.
     """
     require_output(out)
-    task = load_task(config, checkpoint)
-    assert isinstance(task, CineSegmentation)
-    predictor = CinePredictor(config, task)
+    predictor = cine_predictor(config, checkpoint)
     samples = frame_samples(predictor)
     if not samples:
         raise ValueError(f"the test set of config {config_name(config)} has no labels; give it classes and labels")
@@ -172,7 +202,11 @@ def frame_samples(predictor: CinePredictor) -> list[Sample]:
     values = predictor.reader.values
     if values is None:
         return []
-    labelled = lru_cache(maxsize=1)(predictor)  # the frames of a cine follow each other
+
+    @lru_cache(maxsize=1)  # the frames of a cine follow each other
+    def labelled(path: Path) -> np.ndarray:
+        return most_probable(predictor(path))
+
     return [
         Sample(f"{stem(Path(case['video']))} frame {frame + 1}", partial(frame_of, labelled, case, frame, values))
         for case in build(predictor.cases)
