@@ -4,7 +4,8 @@ Volumes are scored by Dice, by the 95th percentile of the distance between surfa
 surfaces within a tolerance (NSD), for every case and class; means come with 95 % bootstrap intervals over the cases. A
 class that neither map holds is left out; so is the HD95 of one that only one of them holds, which is counted as missed
 or invented. --out FILE.json also writes FILE.csv, the scores of each case, and FILE.png, the best, median and worst.
-Each frame of a cine that has labels is a case.
+Each frame of a cine that has labels is a case. In the folder of the truth, NAME is of every frame of a cine, and
+NAME_frame01 or NAME_frame01_gt of its first.
 
 Clips are gone on from after the config's context, and every generated frame is compared with the true one: MSE, PSNR
 and SSIM on values in [0, 1], and LPIPS where AlexNet's weights are on the disk; FVD of whole clips by --features. --out

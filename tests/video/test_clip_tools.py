@@ -310,6 +310,42 @@ def test_eval_runs_the_network(acdc, weights, capsys, monkeypatch):
     assert "dice/left_ventricle" in shown and "hd95/myocardium" in shown
 
 
+def test_eval_scores_folders_of_cines(acdc, tmp_path, capsys):
+    """One file of all frames, and one for each of two; what is off by a voxel in one frame is not right there."""
+    right = (3 * (beat() > 50)).astype(np.uint8)
+    labels, truth, images = (tmp_path / name for name in ("labels", "truth", "images"))
+    for folder in (labels, truth, images):
+        folder.mkdir()
+    save_cine(labels / "a.nii.gz", right)
+    save_cine(truth / "a.nii.gz", right)
+    shutil.copy(acdc / "patient001" / "patient001_4d.nii.gz", images)
+    save_cine(images / "a.nii", beat())
+    for path in (acdc / "patient001").glob("*_gt.nii.gz"):
+        shutil.copy(path, truth)
+    off = right.copy()
+    off[..., 3] = np.roll(off[..., 3], 1, axis=0)
+    save_cine(labels / "patient001.nii.gz", off)
+    out, folders = tmp_path / "scores.json", ["--labels", labels, "--truth", truth, "--images", images]
+    command = ["eval", CINE, *map(str, folders), "--out", str(out), "--set", *SMALL]
+    assert cli.main(command) == 0
+    rows = [row for row in json.loads(out.read_text())["cases"] if row["class"] == "left_ventricle"]
+    names = [*(f"a frame {number}" for number in range(1, 7)), "patient001 frame 1", "patient001 frame 4"]
+    assert [row["case"] for row in rows] == names
+    assert [row["dice"] == 1 for row in rows] == [True] * 7 + [False] and rows[-1]["dice"] > 0.8
+    assert out.with_suffix(".png").is_file()
+
+    (truth / "patient001_frame04_gt.nii.gz").rename(truth / "patient001_frame09.nii.gz")
+    assert "has 6 frames, and there are labels of frame 9" in refused(capsys, *command)
+    shutil.copy(truth / "patient001_frame09.nii.gz", truth / "patient001_frame09_gt.nii")
+    assert "are of one frame, 9; leave one of them" in refused(capsys, *command)
+    save_cine(labels / "a.nii.gz", right[..., 0])
+    (truth / "patient001_frame09_gt.nii").unlink()
+    assert "a.nii.gz has 3 dimensions" in refused(capsys, *command)
+    (labels / "a.nii.gz").unlink()
+    assert "has no file for 1 of 2 cases" in refused(capsys, *command)
+    assert "has no labels; give it classes" in refused(capsys, *command, "test_dataloader.dataset.classes=None")
+
+
 def test_bad_cines_are_one_line_and_leave_nothing(acdc, weights, tmp_path, capsys):
     out = tmp_path / "new" / "out.nii.gz"
     out.parent.mkdir()

@@ -16,7 +16,16 @@ from vision_ssm.data.layouts import NIFTI, Part, case_folders, listing, require_
 from vision_ssm.data.video_folder import tracked
 from vision_ssm.data.volumes import check_grid, class_map, open_volume, read_volume, voxels_of
 
-__all__ = ["UNLABELLED", "CineSlices", "acdc_cines", "check_labelled", "nifti_cines", "read_cine", "read_labels"]
+__all__ = [
+    "UNLABELLED",
+    "CineSlices",
+    "acdc_cines",
+    "check_labelled",
+    "nifti_cines",
+    "open_cine",
+    "read_cine",
+    "read_labels",
+]
 
 UNLABELLED = -1
 PERCENTILES = (1, 99)  # of a cine's intensities, which become -1 and 1
@@ -153,11 +162,17 @@ def nifti_cines(root: str, part: Part, fold: int = 0, folds: int = 5) -> list[di
     return split([{"video": str(path), "labels": {}} for path in paths], part, fold, folds)
 
 
-def read_cine(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (x, y, z, t) from -1 to 1, float32, and the affine; errors as ``CineSlices``."""
+def open_cine(path: Path) -> Any:
+    """A cine whose voxels (x, y, z, t) are not read yet; errors as ``CineSlices``."""
     image = open_volume(path)
     if len(image.shape) != 4:
         raise ValueError(f"{path} has {len(image.shape)} dimensions {image.shape}; a cine has 4, the last of them time")
+    return image
+
+
+def read_cine(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (x, y, z, t) from -1 to 1, float32, and the affine; errors as ``CineSlices``."""
+    image = open_cine(path)
     voxels = voxels_of(image, path)
     low, high = np.percentile(voxels, PERCENTILES)
     if low >= high:

@@ -11,7 +11,8 @@ from vision_ssm.engine.config import config_name, resolve
 from vision_ssm.engine.segmentation.measures import measure_checkpoint, measure_folder
 from vision_ssm.engine.segmentation.predict import label
 from vision_ssm.engine.tasks import Segmentation
-from vision_ssm.engine.video.cine import label_cine, measure_cines
+from vision_ssm.engine.video.cine import label_cine
+from vision_ssm.engine.video.cine_scores import measure_cine_folder, measure_cines
 from vision_ssm.engine.video.classification import classify_file
 from vision_ssm.engine.video.clips import CineSegmentation, ClipClassification
 from vision_ssm.engine.video.codes import Tokenization, measure_reconstructions
@@ -31,7 +32,7 @@ MEASURES: Serving = {
 }
 """Measures a checkpoint of a config."""
 
-COMPARISONS: Serving = {Segmentation: measure_folder}
+COMPARISONS: Serving = {Segmentation: measure_folder, CineSegmentation: measure_cine_folder}
 """Measures what is in a folder against the truth in another."""
 
 PREDICTIONS: Serving = {

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vision_ssm._version import __version__
 from vision_ssm.data.dicom import read_series
 from vision_ssm.engine.config import build, config_name, settings
-from vision_ssm.engine.segmentation.cases import Case
+from vision_ssm.engine.segmentation.cases import Case, Modalities
 from vision_ssm.engine.segmentation.overlays import Shown, upright
 from vision_ssm.engine.segmentation.volumes import COLUMNS, volumes
 from vision_ssm.engine.training.device import device
@@ -63,7 +63,7 @@ class Predictor:
         ValueError: the config has no ``prepare``, so it does not segment volumes, or an axis is none of x, y and z.
     """
 
-    columns = COLUMNS
+    columns: Sequence[str] = COLUMNS
 
     def __init__(self, config: Config, task: BaseModel, *, flips: str = "") -> None:
         if "prepare" not in config:
@@ -71,7 +71,7 @@ class Predictor:
         self.task = task
         self.prepare = Compose(build(config.prepare))
         self.classes = tuple(config.classes)
-        self.modalities = tuple(config.get("modalities", ()))
+        self.modalities: Modalities = tuple(config.get("modalities", ()))
         self.channels = config.model.net.get("in_channels")
         self.flips = flip_sets(flips, x=2)
         parts = {key: settings(config)[key] for key in ("model", "prepare", "classes")}

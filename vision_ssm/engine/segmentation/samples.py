@@ -2,7 +2,7 @@
 # Shapes: x y z the grid of a volume.
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from vision_ssm.engine.training.device import device
 __all__ = ["Sample", "Volumes", "folder_samples", "test_samples"]
 
 Values = Sequence[Sequence[int]]
+Read = Callable[[Path], tuple[np.ndarray, np.ndarray]]  # a file -> voxels (x, y, z) and affine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,14 +145,9 @@ def folder_samples(config: Config, predictions: Path, truth: Path, images: Path 
     """
     predicted, true = label_files(predictions), label_files(truth)
     shown = {} if images is None else {c.name: c.images()[0] for c in find_cases(images, config.get("modalities", ()))}
-    for folder, files in {predictions: predicted, images: shown}.items():
-        if folder is not None and (missing := sorted(true.keys() - files.keys())):
-            raise FileNotFoundError(
-                f"{folder} has no file for {len(missing)} of {len(true)} cases in {truth}: {', '.join(missing[:10])}; "
-                "label them, or take their truth out"
-            )
+    require_all(truth, true, {predictions: predicted, images: shown})
     values = class_values(Compose(build(config.prepare)))
-    classes = [(number,) for number in range(len(config.classes) + 1)]
+    classes = written_values(config)
     return [
         Sample(name, partial(pair_of, predicted[name], classes, path, values, shown.get(name)))
         for name, path in true.items()
@@ -171,20 +167,51 @@ def label_files(folder: Path) -> dict[str, Path]:
     return named
 
 
-def pair_of(predicted: Path, classes: Values, true: Path, values: Values, shown: Path | None) -> Volumes:
-    prediction, affine = read_classes(predicted, classes)
-    truth, true_affine = read_classes(true, values)
+def require_all(truth: Path, cases: Iterable[str], folders: Mapping[Path | None, Mapping[str, Path]]) -> None:
+    """Raises FileNotFoundError unless every folder has a file for each case whose truth is known."""
+    wanted = set(cases)
+    for folder, files in folders.items():
+        if folder is not None and (missing := sorted(wanted - files.keys())):
+            raise FileNotFoundError(
+                f"{folder} has no file for {len(missing)} of {len(wanted)} cases in {truth}: "
+                f"{', '.join(missing[:10])}; label them, or take their truth out"
+            )
+
+
+def written_values(config: Config) -> Values:
+    """The values of label maps that ``vision-ssm predict`` writes: the classes themselves."""
+    return [(number,) for number in range(len(config.classes) + 1)]
+
+
+def read_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and affine of a NIfTI file or of the folder of a DICOM series."""
+    return read_series(path) if path.is_dir() else read_volume(path)
+
+
+def pair_of(
+    predicted: Path,
+    classes: Values,
+    true: Path,
+    values: Values,
+    shown: Path | None,
+    *,
+    read: Read = read_image,
+    read_truth: Read = read_volume,
+) -> Volumes:
+    """A case of two label maps, and of the image that is shown, if any; ``read`` serves all but the truth."""
+    prediction, affine = read_classes(predicted, classes, read)
+    truth, true_affine = read_classes(true, values, read_truth)
     check_grid(f"prediction {predicted} and truth {true}", (prediction, affine), (truth, true_affine))
     image = None
     if shown is not None:
-        image, image_affine = read_series(shown) if shown.is_dir() else read_volume(shown)
+        image, image_affine = read(shown)
         check_grid(f"image {shown} and truth {true}", (image, image_affine), (truth, true_affine))
     return Volumes(image=image, prediction=prediction, truth=truth, spacing=spacing_of(true_affine), affine=true_affine)
 
 
-def read_classes(path: Path, values: Values) -> tuple[np.ndarray, np.ndarray]:
-    """Classes (x, y, z) and affine of a label map; errors as for ``read_volume`` and ``class_map``."""
-    voxels, affine = read_volume(path)
+def read_classes(path: Path, values: Values, read: Read = read_volume) -> tuple[np.ndarray, np.ndarray]:
+    """Classes (x, y, z) and affine of a label map; errors as for ``read`` and ``class_map``."""
+    voxels, affine = read(path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*background alone")  # a case like any other here
         return class_map(voxels, values, path).astype(np.uint16), affine

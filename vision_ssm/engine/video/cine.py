@@ -1,8 +1,7 @@
-"""Label maps for cine volumes, frame by frame on their own grids, and their scores."""
+"""Label maps for cine volumes, frame by frame on their own grids."""
 # Shapes: x y z the grid of a volume, t its frames in time.
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,18 @@ from mmengine.config import Config
 from rich.console import Console
 from torch import Tensor
 
-from vision_ssm.data.cine import CineSlices, check_labelled, read_cine, read_labels
+from vision_ssm.data.cine import CineSlices, read_cine
 from vision_ssm.engine.config import build, config_name, resolve, settings
-from vision_ssm.engine.outputs import require_output
-from vision_ssm.engine.segmentation.cases import Case, stem
-from vision_ssm.engine.segmentation.measures import report, score_samples
+from vision_ssm.engine.segmentation.cases import Case, Modalities
 from vision_ssm.engine.segmentation.overlays import upright
 from vision_ssm.engine.segmentation.predict import label_by
 from vision_ssm.engine.segmentation.predictor import Labelled, flip_sets, mark_of, most_probable
-from vision_ssm.engine.segmentation.samples import Sample, Volumes, spacing_of
 from vision_ssm.engine.segmentation.volumes import volumes
 from vision_ssm.engine.training.device import device
 from vision_ssm.engine.training.evaluate import load_task
 from vision_ssm.engine.video.clips import CineSegmentation
 
-__all__ = ["CinePredictor", "label_cine", "measure_cines"]
+__all__ = ["CinePredictor", "cine_predictor", "cine_reader", "label_cine"]
 
 FILM_X, FILM_Z = 3, 5  # axes of a film (1, t, 1, h, w), as if z followed x and y
 FRAME_COLUMNS = ("case", "frame", "class", "label", "voxels", "millilitres", "extreme")
@@ -53,18 +49,15 @@ class CinePredictor:
         ValueError: the config does not test on ``CineSlices``, or an axis is none of x, y and z.
     """
 
-    columns = FRAME_COLUMNS
+    columns: Sequence[str] = FRAME_COLUMNS
 
     def __init__(self, config: Config, task: CineSegmentation, *, flips: str = "") -> None:
-        options = config.test_dataloader.dataset
-        if resolve(options["type"]) is not CineSlices:
-            raise ValueError(f"config {config_name(config)} must test on CineSlices, which say how cines are prepared")
+        self.reader = cine_reader(config)
         self.flips = [axes for axes in flip_sets(flips, x=FILM_X) if FILM_Z not in axes]
         self.task = task
-        self.cases = options["cases"]
-        self.reader: CineSlices = build({**options, "cases": ()})
         self.classes = tuple(config.classes)
-        self.modalities = tuple(config.get("modalities", ()))
+        self.modalities: Modalities = tuple(config.get("modalities", ()))
+        options = config.test_dataloader.dataset
         prepared = {name: value for name, value in options.items() if name != "cases"}
         parts = {"model": settings(config)["model"], "prepare": prepared, "classes": self.classes}
         self.mark = mark_of(parts, self.flips, task.net)
@@ -124,6 +117,19 @@ class CinePredictor:
         return by_frame(case, labels, self.classes)
 
 
+def cine_reader(config: Config) -> CineSlices:
+    """What prepares cines as the test set of a config does, without any.
+
+    Raises:
+        ValueError: the config does not test on ``CineSlices``.
+    """
+    options = config.test_dataloader.dataset
+    if resolve(options["type"]) is not CineSlices:
+        raise ValueError(f"config {config_name(config)} must test on CineSlices, which say how cines are prepared")
+    reader: CineSlices = build({**options, "cases": ()})
+    return reader
+
+
 def label_cine(
     config: Config,
     checkpoint: Path,
@@ -152,6 +158,7 @@ def label_cine(
 
 
 def cine_predictor(config: Config, checkpoint: Path, *, flips: str = "") -> CinePredictor:
+    """The predictor of a checkpoint; errors as for ``load_task`` and ``CinePredictor``."""
     task = load_task(config, checkpoint)
     assert isinstance(task, CineSegmentation)
     return CinePredictor(config, task, flips=flips)
@@ -169,63 +176,3 @@ def by_frame(case: str, image: Any, classes: Sequence[str]) -> list[dict[str, An
         if sizes[0]["voxels"] < sizes[-1]["voxels"]:
             sizes[0]["extreme"], sizes[-1]["extreme"] = "smallest", "largest"
     return rows
-
-
-def measure_cines(
-    config: Config, checkpoint: Path, *, console: Console, tolerance: float = 1.0, out: Path | None = None
-) -> None:
-    """Prints the scores of the frames of a config's test set that have labels, and writes them if ``out`` is given.
-
-    Each such frame is a case, scored as a volume on its own grid.
-
-    Args:
-        tolerance: of NSD, in millimetres.
-        out: JSON file; a table and a figure come beside it, see ``report``.
-
-    Raises:
-        FileNotFoundError, ValueError: see ``load_task``, ``require_output``, ``score_samples`` and ``CinePredictor``;
-            or the test set has no labels.
-    """
-    require_output(out)
-    predictor = cine_predictor(config, checkpoint)
-    samples = frame_samples(predictor)
-    if not samples:
-        raise ValueError(f"the test set of config {config_name(config)} has no labels; give it classes and labels")
-    evaluation = score_samples(samples, predictor.classes, console=console, tolerance=tolerance)
-    report(
-        evaluation, samples, {"config": config_name(config), "checkpoint": str(checkpoint)}, console=console, out=out
-    )
-
-
-def frame_samples(predictor: CinePredictor) -> list[Sample]:
-    """The frames of the test set that have labels, those of a cine in turn."""
-    values = predictor.reader.values
-    if values is None:
-        return []
-
-    @lru_cache(maxsize=1)  # the frames of a cine follow each other
-    def labelled(path: Path) -> np.ndarray:
-        return most_probable(predictor(path))
-
-    return [
-        Sample(f"{stem(Path(case['video']))} frame {frame + 1}", partial(frame_of, labelled, case, frame, values))
-        for case in build(predictor.cases)
-        for frame in sorted(case["labels"])
-    ]
-
-
-def frame_of(
-    labelled: Callable[[Path], np.ndarray], case: Mapping[str, Any], frame: int, values: Sequence[Sequence[int]]
-) -> Volumes:
-    path = Path(case["video"])
-    prediction = labelled(path)
-    check_labelled(path, prediction.shape[3], [frame])
-    image: Any = nibabel.load(path)
-    truth = read_labels(case["labels"][frame], values, path, (prediction[..., frame], image.affine))
-    return Volumes(
-        image=np.asarray(image.dataobj[..., frame], np.float32),
-        prediction=prediction[..., frame],
-        truth=truth.astype(np.uint16),
-        spacing=spacing_of(image.affine),
-        affine=image.affine,
-    )
