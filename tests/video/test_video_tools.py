@@ -26,6 +26,7 @@ from vision_ssm.engine.training.evaluate import evaluate, load_task
 from vision_ssm.engine.video.encoding import write_video
 from vision_ssm.engine.video.next_frame import FramePrediction, mse, psnr, ssim
 from vision_ssm.engine.video.perceptual import ClipFeatures, NotMeasured, frechet_distance, lpips
+from vision_ssm.engine.video.sheet import chosen, contact_sheet
 from vision_ssm.tools import __main__ as cli
 from vision_ssm.video import MODELS, NextFrame, convs5_stack, pixel_loss
 
@@ -466,3 +467,14 @@ def test_an_interrupted_video_leaves_the_one_before(weights, clip, tmp_path, mon
 def test_other_tasks_are_named(weights, clip, tmp_path, capsys):
     digits = refused(capsys, "predict", "image/mnist_vmamba_nano", weights, clip, tmp_path / "out.mp4")
     assert "has the task Classification, this command serves FramePrediction, " in digits
+
+
+def test_a_sheet_has_a_picture_for_each_frame_and_a_gap_where_there_is_none():
+    assert chosen(3) == [0, 1, 2] and chosen(100) == [round(place * 11) for place in range(10)]
+    frames = torch.linspace(-1, 1, 4).view(4, 1, 1, 1).expand(4, 3, 6, 8)
+    figure = contact_sheet({"truth": {5: frames[0], 7: None, 9: frames[3]}, "prediction": {5: frames[1], 7: frames[2]}})
+    grid = np.array(figure.axes).reshape(2, 3)
+    values = [[float(axes.images[0].get_array().mean()) if axes.images else None for axes in line] for line in grid]
+    assert values == [[0, None, 1], [pytest.approx(1 / 3), pytest.approx(2 / 3), None]]
+    assert [[axes.get_title() for axes in line] for line in grid] == [["5", "7", "9"], ["5", "7", ""]]
+    assert [line[0].get_ylabel() for line in grid] == ["truth", "prediction"]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
@@ -23,13 +22,12 @@ from vision_ssm.engine.tasks import Mode
 from vision_ssm.engine.training.build import build_loader
 from vision_ssm.engine.training.device import device
 from vision_ssm.engine.training.evaluate import evaluate, load_task
-from vision_ssm.engine.video.next_frame import FramePrediction, require_next, unit
+from vision_ssm.engine.video.next_frame import FramePrediction, require_next
+from vision_ssm.engine.video.sheet import chosen, contact_sheet
 from vision_ssm.video import CodedVideo, VQAutoencoder, code_loss
 from vision_ssm.video.next_map import MASKED
 
-__all__ = ["CodePrediction", "CodeUsage", "Tokenization", "measure_reconstructions", "reconstructions"]
-
-COLUMNS = 8  # of the figure
+__all__ = ["CodePrediction", "CodeUsage", "Tokenization", "measure_reconstructions"]
 
 
 class Tokenization(BaseModel):
@@ -181,20 +179,9 @@ def measure_reconstructions(config: Config, checkpoint: Path, *, console: Consol
     clip = next(iter(build_loader(config.test_dataloader)))["video"][:1].to(device())
     with torch.no_grad():
         decoded = task(clip)
-    save_figure(out.with_suffix(".png"), reconstructions(clip[0], decoded[0]))
+    rows = {
+        title: {number + 1: frames[0, number] for number in chosen(clip.shape[1])}
+        for title, frames in {"frame": clip, "decoded": decoded}.items()
+    }
+    save_figure(out.with_suffix(".png"), contact_sheet(rows))
     console.print(f"scores: {out}, {out.with_suffix('.png')}")
-
-
-def reconstructions(truth: Tensor, decoded: Tensor) -> Figure:
-    """Frames of a clip (t, k, h, w) above those that came back of their codes, evenly spread over the clip."""
-    chosen = torch.linspace(0, len(truth) - 1, min(len(truth), COLUMNS)).round().long().unique()
-    height, width = truth.shape[2:]
-    figure = Figure(figsize=(1.2 * len(chosen) + 0.4, 2 * (1.2 * height / width + 0.3)), layout="constrained")
-    grid = figure.subplots(2, len(chosen), squeeze=False)
-    for line, (title, frames) in zip(grid, {"frame": truth, "decoded": decoded}.items(), strict=True):
-        for axes, number in zip(line, chosen.tolist(), strict=True):
-            axes.imshow(unit(frames[number]).cpu().movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=1)
-            axes.set(xticks=[], yticks=[])
-            axes.set_title(str(number + 1), fontsize=8)
-        line[0].set_ylabel(title)
-    return figure

@@ -1,12 +1,11 @@
 """Goes on with a clip: the frames that follow its beginning as a video, and a sheet of them beside the true ones."""
 # Shapes: t frames, k channels, h w a frame.
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from mmengine.config import Config
 from rich.console import Console
 from rich.progress import track
@@ -19,11 +18,10 @@ from vision_ssm.engine.training.device import device
 from vision_ssm.engine.training.evaluate import load_task
 from vision_ssm.engine.video.clip_file import open_clip, read_array
 from vision_ssm.engine.video.encoding import ENCODINGS, write_video
-from vision_ssm.engine.video.next_frame import FramePrediction, unit
+from vision_ssm.engine.video.next_frame import FramePrediction
+from vision_ssm.engine.video.sheet import chosen, contact_sheet
 
-__all__ = ["contact_sheet", "continue_file"]
-
-COLUMNS = 10  # of the sheet
+__all__ = ["continue_file"]
 
 
 def continue_file(
@@ -89,8 +87,12 @@ def continue_file(
             yield frame[0]
 
     write_video(target, frames_of(), fps)
-    seen = {number: beginning[number] for number in chosen(context)}
-    save_figure(sheet, contact_sheet(seen, truth, generated, first=context + 1))
+    rows = {
+        "context": {number + 1: beginning[number] for number in chosen(context)},
+        "truth": {at + 1: truth.get(number) for number, at in after.items()},  # it may end sooner
+        "prediction": {at + 1: generated[number] for number, at in after.items()},
+    }
+    save_figure(sheet, contact_sheet(rows))
     console.print(f"video: {target}\nsheet: {sheet}")
     return 0
 
@@ -105,35 +107,3 @@ def read_actions(path: Path, count: int) -> Tensor:
             f"it has {actions.dtype} {actions.shape}"
         )
     return torch.from_numpy(actions[:count].astype(np.int64))[None].to(device())
-
-
-def chosen(total: int) -> list[int]:
-    """Numbers of at most ``COLUMNS`` frames among ``total``, evenly spread, the first and the last among them."""
-    return sorted({round(place) for place in np.linspace(0, total - 1, min(total, COLUMNS))})
-
-
-def contact_sheet(
-    context: Mapping[int, Tensor], truth: Mapping[int, Tensor], prediction: Mapping[int, Tensor], first: int
-) -> Figure:
-    """Rows of frames (k, h, w) by number: of the context, true and generated ones after it.
-
-    Args:
-        first: of the frames after the context, counted from 1.
-    """
-    rows = {"context": (context, 1), "truth": (truth, first), "prediction": (prediction, first)}
-    _, height, width = next(iter(context.values())).shape
-    figure = Figure(figsize=(1.2 * COLUMNS + 0.4, 3 * (1.2 * height / width + 0.3)), layout="constrained")
-    grid = figure.subplots(len(rows), COLUMNS, squeeze=False)
-    for line, (title, (frames, begin)) in zip(grid, rows.items(), strict=True):
-        shown = prediction if title == "truth" else frames  # truth may end sooner, and a row has room for more
-        for axes, number in zip(line, shown, strict=False):
-            if number in frames:
-                axes.imshow(
-                    unit(frames[number]).movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
-                )
-            axes.set_title(str(begin + number), fontsize=8)
-        for axes in line:
-            axes.set(xticks=[], yticks=[])
-            axes.set_frame_on(False)
-        line[0].set_ylabel(title)
-    return figure
