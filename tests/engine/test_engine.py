@@ -81,7 +81,7 @@ def test_there_must_be_something_to_resume(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(PermissionError, match=r"cannot write to .*choose another --work-dir"):
+    with pytest.raises(PermissionError, match=r"cannot write to .*choose another folder"):
         prepare_folder(tmp_path / "file" / "run")
 
 

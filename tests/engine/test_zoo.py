@@ -329,8 +329,8 @@ def test_the_target_is_new_and_can_be_written(source: Path, tmp_path: Path, caps
     assert "no such checkpoint" in fails(capsys, 2, "convert", tmp_path / "absent.pth", target)
     assert "no such checkpoint" in fails(capsys, 2, "verify", tmp_path / "absent.pth")
     assert ".safetensors" in fails(capsys, 2, "convert", source, tmp_path / "out.pth")
-    assert "cannot write to" in fails(capsys, 2, "convert", source, tmp_path / "nowhere" / target.name)
-    assert "cannot write to" in fails(capsys, 2, "convert", source, source / target.name)
+    assert "no such folder" in fails(capsys, 2, "convert", source, tmp_path / "nowhere" / target.name)
+    assert "no such folder" in fails(capsys, 2, "convert", source, source / target.name)
     target.write_text("precious")
     assert "--overwrite" in fails(capsys, 2, "convert", source, target)
     assert target.read_text() == "precious"

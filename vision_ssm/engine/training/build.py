@@ -1,6 +1,5 @@
 """From a config to the Runner, its data and its schedules."""
 
-import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from mmengine.runner import set_random_seed
 from torch.utils.data import DataLoader
 
 from vision_ssm.data.draws import Draws, DrawSampler
-from vision_ssm.engine.checkpoint import PARTIAL, find_checkpoint
+from vision_ssm.engine.checkpoint import PARTIAL, find_checkpoint, make_writable
 from vision_ssm.engine.config import DATA_LOADERS, OWN_KEYS, build, settings
 from vision_ssm.engine.training.device import join_group
 from vision_ssm.engine.training.hooks import InterruptHook, PlainStateHook
@@ -40,12 +39,7 @@ def prepare_folder(folder: Path, *, resume: bool = False) -> None:
         partial.unlink()
     if folder.is_dir() and any(folder.iterdir()) and not resume:
         raise FileExistsError(f"{folder} holds an earlier run; continue it with --resume or choose another --work-dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise PermissionError(f"cannot write to {folder} ({error.strerror}); choose another --work-dir") from error
+    make_writable(folder)
 
 
 def build_runner(

@@ -1,7 +1,6 @@
 """Published checkpoints: listed, fetched, converted with their provenance, and verified."""
 
 import hashlib
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -17,6 +16,7 @@ from safetensors.torch import save
 
 from vision_ssm._version import __version__
 from vision_ssm.engine.checkpoint import require_file, write_atomically
+from vision_ssm.engine.outputs import require_outputs
 from vision_ssm.engine.zoo.download import cache_folder, download, require_sha256
 from vision_ssm.model_zoo import checkpoints
 from vision_ssm.model_zoo.catalogue import Card, card_of_file, cards
@@ -155,12 +155,14 @@ def convert_file(source: Path, target: Path, *, model: str | None = None, overwr
     Raises:
         FileNotFoundError, FileExistsError, PermissionError: no source, a target that exists, nowhere to write.
         ValueError: the source cannot be read, has another hash than its card, fits no model or not this one, or is no
-            official checkpoint.
+            official checkpoint; the target is the source, or no ``.safetensors`` file.
     """
     if model is not None:
         checkpoints.require_own(model)
     require_file(source)
-    _require_writable(target, overwrite)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{target} must end in .safetensors, the format that is written")
+    require_outputs([target], source, overwrite=overwrite)
     digest = _sha256(source)
     card = _card(source.name, model, digest, source)
     state = checkpoints.read(source)
@@ -233,18 +235,6 @@ def _card(name: str, model: str | None, digest: str | None, path: Path) -> Card 
             f" {card.url or card.page}"
         )
     return card
-
-
-def _require_writable(target: Path, overwrite: bool) -> None:
-    if target.suffix != ".safetensors":
-        raise ValueError(f"{target} must end in .safetensors, the format that is written")
-    if target.is_dir() or (target.exists() and not overwrite):
-        raise FileExistsError(f"{target} exists; choose another name or give --overwrite")
-    try:
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise PermissionError(f"cannot write to {target.parent} ({error.strerror}); choose another folder") from error
 
 
 def _metadata(path: Path) -> dict[str, str]:
