@@ -5,7 +5,6 @@ Run under torchrun, this file is what the two processes do: see ``main``.
 
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,6 @@ import torch
 from mmengine.hooks import Hook
 from rich.console import Console
 from torch import nn
-from torch.distributed.run import parse_args as launch_arguments
 from torch.testing import assert_close
 from torch.utils._pytree import keystr, tree_leaves_with_path
 from torch.utils.data import Dataset
@@ -263,27 +261,6 @@ def test_units_are_called_items_of_lists():
     assert shard_units(net, 1000) == [second.mlp[2], second.mlp[0], first.mlp[2], first.mlp[0]]
     assert shard_units(net, 2000) == [second, first]
     assert shard_units(net, 10_000) == []
-
-
-def commands(page: str) -> list[list[str]]:
-    """Words of every command on a page that starts one of ours, in one process or several."""
-    lines = [line.strip().removeprefix("srun ") for line in page.replace("\\\n", " ").splitlines()]
-    return [shlex.split(os.path.expandvars(line)) for line in lines if line.startswith(("torchrun ", "vision-ssm "))]
-
-
-def test_the_commands_of_the_page_are_understood(monkeypatch):
-    for name, value in {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "1", "head": "node0"}.items():
-        monkeypatch.setenv(name, value)
-    found = commands((ROOT / "docs" / "guides" / "training_at_scale.md").read_text(encoding="utf-8"))
-    for program, *arguments in found:
-        if program == "torchrun":
-            launch = launch_arguments(arguments)
-            assert launch.module and launch.training_script == "vision_ssm.tools"
-            arguments = launch.training_script_args
-        parsed = cli.tool_of(arguments[0]).parser().parse_args(arguments[1:])
-        if arguments[0] == "train":
-            load_config(parsed.config, parsed.set)
-    assert len(found) == 12
 
 
 def test_a_launcher_that_did_not_start_the_process(tmp_path):
