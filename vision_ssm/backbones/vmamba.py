@@ -16,12 +16,13 @@ from functools import partial
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vision_ssm.layers import SS2D
 from vision_ssm.layers.mixers import Mixer
+from vision_ssm.layers.mlp import LeanMlp
 from vision_ssm.model_zoo.converters import vmamba as upstream
 
 from .hierarchy import Hierarchy, PatchMerging2d, Stage, build_hierarchy, drop_path_rates, norm2d, patch_stem
@@ -55,7 +56,7 @@ class VSSBlock(nn.Module):
         self.mixer = make_mixer(dim)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5) if mlp_ratio else None
-        self.mlp = Mlp(dim, int(mlp_ratio * dim)) if mlp_ratio else None
+        self.mlp = LeanMlp(dim, int(mlp_ratio * dim)) if mlp_ratio else None
 
     def forward(self, x: Tensor) -> Tensor:
         grid = x.shape[1:-1]
