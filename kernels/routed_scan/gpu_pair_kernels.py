@@ -44,16 +44,17 @@ from .gpu_block_parts import (
 _SIZES = ["CELLS", "COLUMNS", "SEGMENT", "SEGMENTS", "AHEAD", "BACK", "PIECE"]  # no kernel is compiled for them
 
 
-@gluon.jit(do_not_specialize=_SIZES)
+@gluon.jit(do_not_specialize=[*_SIZES, "FIRST", "SAMPLES"])
 def pair_kernel(
     x, low_rank, weight, bias, A, skips, order, start, history, prefix, partial, y,
-    CELLS, CHANNELS, COLUMNS, SEGMENT, SEGMENTS, AHEAD, BACK, PIECE,
+    CELLS, CHANNELS, COLUMNS, SEGMENT, SEGMENTS, AHEAD, BACK, PIECE, FIRST, SAMPLES,
     RANK: gl.constexpr, R: gl.constexpr, D: gl.constexpr, ALIGN: gl.constexpr,
     ADD: gl.constexpr, LAST: gl.constexpr, SPLIT: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """The outputs of route AHEAD and of its reverse, BACK, for PIECE blocks, from the states before each block.
 
-    Adds ``partial`` if ADD; stores the sum to y if LAST, else to ``partial``. One state.
+    Does some of SAMPLES, from FIRST on, which ``partial`` holds alone. Adds it if ADD; stores the sum to y if LAST,
+    else to ``partial``. One state.
     """
     CHANNELS, columns = CHANNELS // 8 * 8, COLUMNS // ALIGN * ALIGN
     half: gl.constexpr = x.dtype.element_ty
@@ -64,12 +65,12 @@ def pair_kernel(
     count = SEGMENTS * per_segment
     pieces, blocks = gl.cdiv(count, PIECE), gl.cdiv(CHANNELS, D)
     d0, piece = gl.program_id(0) % blocks * D, gl.program_id(0) // blocks % pieces
-    sample, samples = gl.program_id(0) // blocks // pieces, gl.num_programs(0) // blocks // pieces
-    parts, left = samples * SEGMENTS, CHANNELS - d0
+    own = gl.program_id(0) // blocks // pieces
+    sample, parts, left = FIRST + own, SAMPLES * SEGMENTS, CHANNELS - d0
     order += AHEAD * SEGMENTS * SEGMENT
     x += sample.to(gl.int64) * CELLS * CHANNELS + d0
     low_rank += sample.to(gl.int64) * CELLS * columns
-    partial += sample.to(gl.int64) * CELLS * CHANNELS + d0
+    partial += own.to(gl.int64) * CELLS * CHANNELS + d0
     y += sample.to(gl.int64) * CELLS * CHANNELS + d0
     o_d = gl.arange(0, D, gl.SliceLayout(0, L))
     m_d = o_d < left

@@ -142,7 +142,8 @@ def _backward(*inputs: Any) -> tuple[Tensor, ...]:
     flat = [*(m.flatten(1, -2) for m in (dy, x, low_rank)), *weights, index]
     with torch.autocast("cpu", enabled=False):
         grads = cpu.backward(*flat)
-    return tuple(grad.view(m.shape).to(m.dtype) for grad, m in zip(grads, (x, low_rank, *weights), strict=True))
+    inputs = x, low_rank, *weights
+    return tuple(reshaped(grad, m.shape).to(m.dtype) for grad, m in zip(grads, inputs, strict=True))
 
 
 @_backward.register_kernel("cuda")
@@ -151,7 +152,14 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
     maps = x.unflatten(1, grid) if grid else x
     with torch.cuda.device(x.device):
         dx, *grads = gpu_module("routed_scan").backward(dy, maps, *tensors, decode(routes, maps.dim() - 2))
-    return dx.view(x.shape), *grads
+    return reshaped(dx, x.shape), *grads
+
+
+def reshaped(grad: Tensor, shape: torch.Size) -> Tensor:
+    """A gradient that does not count as a view of one that nobody holds: what else is to be added by autograd is added
+    in its place, where for a view it would make a new map."""
+    result: Tensor = torch.ops.aten._unsafe_view(grad, shape)
+    return result
 
 
 @_backward.register_fake

@@ -268,6 +268,17 @@ def test_two_runs_are_equal(device):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("grid", [[], [5, 7]], ids=["map", "list of cells"])
+def test_what_autograd_adds_needs_no_map_of_its_own(grid, device):
+    """Autograd adds to a gradient in its place unless that is a view."""
+    inputs = list(make_inputs(CASES["prime_grid"], torch.float32, device).values())
+    if grid:
+        inputs[:2] = (m.flatten(1, -2) for m in inputs[:2])
+    grads = torch.ops.vision_ssm.routed_scan_backward(inputs[0], *inputs, encode(CROSS), grid)
+    assert not any(grad._is_view() for grad in grads[:2])
+    assert [grad.shape for grad in grads] == [m.shape for m in inputs]
+
+
 def test_autocast_does_not_reach_the_scan():
     inputs = make_inputs(CASES["prime_grid"], torch.float32, "cpu")
     plain = run(routed_scan, inputs, CROSS)
