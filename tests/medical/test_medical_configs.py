@@ -1,12 +1,17 @@
 """Every medical config, made small, trains a step on data in its layout and validates."""
 
+import json
+
 import pytest
 import torch
+from rich.console import Console
 
 from vision_ssm.engine.checkpoint import load_into, read_state, save_weights
 from vision_ssm.engine.config import build, config_names, load_config
+from vision_ssm.engine.segmentation.measures import measure_volumes
 from vision_ssm.engine.segmentation.regions import RegionDice, RegionLoss
 from vision_ssm.engine.training.build import build_loader, build_runner
+from vision_ssm.engine.training.evaluate import evaluate, load_task
 
 NETS = {
     "basic_unet": ("features=(4, 4, 4, 4, 4, 4)",),
@@ -155,3 +160,18 @@ def test_dice_of_regions_takes_their_classes_together():
     metric = RegionDice(REGIONS)
     metric.process({}, [{"prediction": prediction, "label": label}])
     assert metric.compute_metrics(metric.results) == {"whole": 1.0, "core": 0.0, "mean": 0.5}
+
+
+def test_arrays_that_no_file_is_prepared_like_are_scored_case_by_case(small_set, tmp_path):
+    """Synapse has no ``prepare``; its test items are scored as they are, by the distances that its metrics state."""
+    config = made_small("medical/synapse_ultralight_vm_unet", small_set)
+    net = build(config.model).net
+    save_weights(tmp_path / "net.safetensors", net, config="synapse", classes=tuple(config.classes), channels=1)
+    out = tmp_path / "scores.json"
+    measure_volumes(config, tmp_path / "net.safetensors", console=Console(quiet=True), out=out)
+    written = json.loads(out.read_text())
+    assert written["checkpoint"] == str(tmp_path / "net.safetensors")
+    assert len(written["cases"]) == len(config.classes)
+    assert {f"{metric}/liver" for metric in ("dice", "hd95", "nsd")} < written["means"].keys()
+    scores = evaluate(config, load_task(config, tmp_path / "net.safetensors"))
+    assert written["means"]["dice/mean"]["mean"] == pytest.approx(scores["dice/mean"], abs=1e-6)

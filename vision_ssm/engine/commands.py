@@ -8,9 +8,10 @@ from mmengine.config import Config
 from mmengine.model import BaseModel
 
 from vision_ssm.engine.config import config_name, resolve
-from vision_ssm.engine.segmentation.measures import measure_checkpoint, measure_folder
+from vision_ssm.engine.segmentation.measures import measure_folder, measure_volumes
 from vision_ssm.engine.segmentation.predict import label
 from vision_ssm.engine.tasks import Segmentation
+from vision_ssm.engine.training.evaluate import measure_by_metrics
 from vision_ssm.engine.video.cine import label_cine
 from vision_ssm.engine.video.cine_scores import measure_cine_folder, measure_cines
 from vision_ssm.engine.video.classification import classify_file
@@ -28,7 +29,8 @@ MEASURES: Serving = {
     FramePrediction: measure_rollouts,
     Tokenization: measure_reconstructions,
     CineSegmentation: measure_cines,
-    BaseModel: measure_checkpoint,
+    Segmentation: measure_volumes,
+    BaseModel: measure_by_metrics,
 }
 """Measures a checkpoint of a config."""
 

@@ -1,9 +1,8 @@
 """Scores of label maps, a network's or a folder's, as tables, files and a figure."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,47 +11,41 @@ from mmengine.evaluator import BaseMetric
 from rich.console import Console
 from rich.progress import track
 
-from vision_ssm.engine.checkpoint import write_json
-from vision_ssm.engine.config import build, config_name
+from vision_ssm.engine.config import build
 from vision_ssm.engine.figures import save_figure
+from vision_ssm.engine.findings import origin, print_files, print_numbers
 from vision_ssm.engine.metrics import HD95, Dice
 from vision_ssm.engine.outputs import require_output
 from vision_ssm.engine.segmentation.overlays import overlays
 from vision_ssm.engine.segmentation.samples import Sample, folder_samples, test_samples
 from vision_ssm.engine.segmentation.scores import Evaluation, score
-from vision_ssm.engine.training.evaluate import evaluate, load_task
+from vision_ssm.engine.tasks import Segmentation
+from vision_ssm.engine.training.evaluate import load_task
 
-__all__ = ["draw_extremes", "measure_checkpoint", "measure_folder", "score_samples"]
+__all__ = ["draw_extremes", "measure_folder", "measure_volumes", "score_samples"]
 
 
-def measure_checkpoint(
+def measure_volumes(
     config: Config, checkpoint: Path, *, console: Console, tolerance: float = 1.0, out: Path | None = None
 ) -> None:
     """Prints the scores of a checkpoint on its config's test set, and writes them if ``out`` is given.
 
     Args:
         tolerance: of NSD, in millimetres.
-        out: JSON file. If the config segments volumes, a table and a figure come beside it, see ``report``.
+        out: JSON file; a table and a figure come beside it, see ``report``.
 
     Raises:
         FileNotFoundError, ValueError: see ``load_task``, ``require_output`` and ``score_samples``.
     """
     require_output(out)
     task = load_task(config, checkpoint)
-    if "prepare" not in config:
-        scores = evaluate(config, task)
-        for metric, value in scores.items():
-            console.print(f"{metric:24}{value:.4f}")
-        if out:
-            write_json(out, scores)
-        return
+    assert isinstance(task, Segmentation)
     samples = test_samples(config, task)
     others = [metric for metric in build(config.test_evaluator) if not isinstance(metric, (Dice, HD95))]
     evaluation = score_samples(samples, config.classes, console=console, tolerance=tolerance, others=others)
-    about: dict[str, Any] = {"config": config_name(config), "checkpoint": str(checkpoint)}
-    for metric in others:
-        about.setdefault("others", {}).update(metric.evaluate(len(samples)))
-    report(evaluation, samples, about, console=console, out=out)
+    numbers = {name: value for metric in others for name, value in metric.evaluate(len(samples)).items()}
+    about = origin(config, checkpoint=checkpoint)
+    report(evaluation, samples, about, console=console, out=out, others=numbers)
 
 
 def measure_folder(
@@ -65,7 +58,7 @@ def measure_folder(
     tolerance: float = 1.0,
     out: Path | None = None,
 ) -> None:
-    """As ``measure_checkpoint``, of label maps in a folder against those of the same names in another.
+    """As ``measure_volumes``, of label maps in a folder against those of the same names in another.
 
     Args:
         images: shown in the figure.
@@ -76,8 +69,7 @@ def measure_folder(
     require_output(out)
     samples = folder_samples(config, labels, truth, images)
     evaluation = score_samples(samples, config.classes, console=console, tolerance=tolerance)
-    about = {"config": config_name(config), "labels": str(labels), "truth": str(truth)}
-    report(evaluation, samples, about, console=console, out=out)
+    report(evaluation, samples, origin(config, labels=labels, truth=truth), console=console, out=out)
 
 
 def score_samples(
@@ -133,15 +125,24 @@ def draw_extremes(path: Path, evaluation: Evaluation, samples: Sequence[Sample])
 
 
 def report(
-    evaluation: Evaluation, samples: Sequence[Sample], about: dict[str, Any], *, console: Console, out: Path | None
+    evaluation: Evaluation,
+    samples: Sequence[Sample],
+    about: Mapping[str, str],
+    *,
+    console: Console,
+    out: Path | None,
+    others: Mapping[str, float] | None = None,
 ) -> None:
-    """Prints the means; writes all scores to ``out`` (.json) and beside it (.csv), and draws the extremes (.png)."""
+    """Prints the means; writes all scores to ``out`` (.json) and beside it (.csv), and draws the extremes (.png).
+
+    Args:
+        about: what was measured, see ``origin``.
+        others: further numbers by name.
+    """
     evaluation.print(console)
-    for metric, value in about.get("others", {}).items():
-        console.print(f"{metric:24}{value:.4f}")
+    print_numbers(console, others or {})
     if out is None:
         return
-    evaluation.write(out, about)
+    evaluation.write(out, {**about, "others": others} if others else about)
     drawn = draw_extremes(out.with_suffix(".png"), evaluation, samples)
-    beside = [out.with_suffix(".csv"), *([out.with_suffix(".png")] if drawn else [])]
-    console.print(f"scores: {out}, {', '.join(map(str, beside))}")
+    print_files(console, out, out.with_suffix(".csv"), *([out.with_suffix(".png")] if drawn else []))

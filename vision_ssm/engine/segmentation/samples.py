@@ -12,7 +12,6 @@ import nibabel
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.model import BaseModel
 from monai.data import MetaTensor
 from monai.transforms import Compose
 
@@ -23,6 +22,7 @@ from vision_ssm.engine.metrics import HD95
 from vision_ssm.engine.segmentation.cases import find_cases, nifti_suffix, stem
 from vision_ssm.engine.segmentation.overlays import Shown, upright
 from vision_ssm.engine.segmentation.predictor import Predictor
+from vision_ssm.engine.tasks import Segmentation
 from vision_ssm.engine.training.device import device
 
 __all__ = ["Sample", "Volumes", "folder_samples", "test_samples"]
@@ -63,7 +63,7 @@ class Sample:
     load: Callable[[], Volumes]
 
 
-def test_samples(config: Config, task: BaseModel) -> list[Sample]:
+def test_samples(config: Config, task: Segmentation) -> list[Sample]:
     """The cases of ``config.test_dataloader``.
 
     Files that are tested as they are prepared for prediction are scored on their own grids, which is what the user of a
@@ -72,14 +72,15 @@ def test_samples(config: Config, task: BaseModel) -> list[Sample]:
     Raises:
         ValueError: items know no spacing, and no HD95 among the config's metrics states it.
     """
-    predictor, options = Predictor(config, task), config.test_dataloader.dataset
-    if options.get("transform") == config.prepare:
-        entries = build(options["data"])
+    options = config.test_dataloader.dataset
+    preparation = options.get("transform")
+    if preparation is not None and preparation == config.get("prepare"):
+        predictor, entries = Predictor(config, task), build(options["data"])
         return [Sample(name, partial(on_own_grid, predictor, entry)) for name, entry in named(entries).items()]
     dataset = build(options)
     stated = next((metric.spacing for metric in build(config.test_evaluator) if isinstance(metric, HD95)), None)
     names = named(getattr(dataset, "data", range(len(dataset))))
-    return [Sample(name, partial(as_prepared, predictor, dataset, i, stated)) for i, name in enumerate(names)]
+    return [Sample(name, partial(as_prepared, task, dataset, i, stated)) for i, name in enumerate(names)]
 
 
 def named(entries: Sequence[Any]) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def on_own_grid(predictor: Predictor, entry: Mapping[str, Any]) -> Volumes:
 
 
 @torch.no_grad()
-def as_prepared(predictor: Predictor, dataset: Any, position: int, stated: tuple[float, ...] | None) -> Volumes:
+def as_prepared(task: Segmentation, dataset: Any, position: int, stated: tuple[float, ...] | None) -> Volumes:
     item = dataset[position]
     image, label = item["image"], item["label"]
     spacing = spacing_of(label.affine.numpy()) if isinstance(label, MetaTensor) else stated
@@ -121,7 +122,7 @@ def as_prepared(predictor: Predictor, dataset: Any, position: int, stated: tuple
             "the test items lost their affine, and no HD95 in test_evaluator states the spacing; add HD95(spacing=...)"
         )
     image, label = (torch.as_tensor(part).as_subclass(torch.Tensor) for part in (image, label))
-    prediction = predictor.averaged(image[None].to(device()))[0].argmax(dim=0)
+    prediction = task.label_map(image[None].to(device()))[0, 0]
     return Volumes(
         image=image[len(image) // 2].numpy(),
         prediction=prediction.cpu().numpy(),

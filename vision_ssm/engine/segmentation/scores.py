@@ -9,7 +9,7 @@ neither Dice nor HD95 (NaN). The means come with how often these happened: ``mis
 import csv
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ class Evaluation:
             table.add_row(f"{row.metric}/{row.name}", f"{row.mean:.4f}", interval, *counts)
         console.print(table)
 
-    def write(self, path: Path, about: dict[str, Any]) -> None:
+    def write(self, path: Path, about: Mapping[str, Any]) -> None:
         """Writes everything to a JSON file and the scores of each case, one a line, to a CSV file beside it.
 
         Args:

@@ -7,13 +7,16 @@ import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.model import BaseModel
+from rich.console import Console
 
-from vision_ssm.engine.checkpoint import load_into, read_state
+from vision_ssm.engine.checkpoint import load_into, read_state, write_json
 from vision_ssm.engine.config import build
+from vision_ssm.engine.findings import origin, print_files, print_numbers
+from vision_ssm.engine.outputs import require_output
 from vision_ssm.engine.training.build import build_loader
 from vision_ssm.engine.training.device import device
 
-__all__ = ["evaluate", "load_task"]
+__all__ = ["evaluate", "load_task", "measure_by_metrics"]
 
 
 def load_task(config: Config, checkpoint: Path) -> BaseModel:
@@ -40,3 +43,17 @@ def evaluate(config: Config, task: BaseModel) -> dict[str, float]:
         evaluator.process(task.test_step(batch), batch)
     dataset: Any = loader.dataset
     return evaluator.evaluate(len(dataset))
+
+
+def measure_by_metrics(config: Config, checkpoint: Path, *, console: Console, out: Path | None = None) -> None:
+    """Prints the metrics of a checkpoint on its config's test set, and writes them if ``out``, a JSON file, is given.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``load_task`` and ``require_output``.
+    """
+    require_output(out)
+    scores = evaluate(config, load_task(config, checkpoint))
+    print_numbers(console, scores)
+    if out is not None:
+        write_json(out, {**origin(config, checkpoint=checkpoint), **scores})
+        print_files(console, out)

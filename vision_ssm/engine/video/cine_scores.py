@@ -15,6 +15,7 @@ from rich.console import Console
 from vision_ssm.data.cine import CineSlices, check_labelled, open_cine, read_labels
 from vision_ssm.data.volumes import read_volume, voxels_of
 from vision_ssm.engine.config import build, config_name
+from vision_ssm.engine.findings import origin
 from vision_ssm.engine.outputs import require_output
 from vision_ssm.engine.segmentation.cases import find_cases, stem
 from vision_ssm.engine.segmentation.measures import report, score_samples
@@ -54,9 +55,7 @@ def measure_cines(
     predictor = cine_predictor(config, checkpoint)
     samples = tested_frames(config, predictor)
     evaluation = score_samples(samples, predictor.classes, console=console, tolerance=tolerance)
-    report(
-        evaluation, samples, {"config": config_name(config), "checkpoint": str(checkpoint)}, console=console, out=out
-    )
+    report(evaluation, samples, origin(config, checkpoint=checkpoint), console=console, out=out)
 
 
 def measure_cine_folder(
@@ -77,8 +76,7 @@ def measure_cine_folder(
     require_output(out)
     samples = folder_frames(config, labels, truth, images)
     evaluation = score_samples(samples, config.classes, console=console, tolerance=tolerance)
-    about = {"config": config_name(config), "labels": str(labels), "truth": str(truth)}
-    report(evaluation, samples, about, console=console, out=out)
+    report(evaluation, samples, origin(config, labels=labels, truth=truth), console=console, out=out)
 
 
 def known_values(config: Config, reader: CineSlices) -> Sequence[Sequence[int]]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vision_ssm.engine.checkpoint import write_json
-from vision_ssm.engine.config import config_name
+from vision_ssm.engine.findings import origin
 from vision_ssm.engine.outputs import require_outputs
 from vision_ssm.engine.training.device import device
 from vision_ssm.engine.training.evaluate import load_task
@@ -55,7 +55,7 @@ def classify_file(
         raise ValueError(f"the network's output for {source} is not finite; check its weights")
     probabilities = dict(zip(config.classes, chances.tolist(), strict=True))
     found = max(probabilities, key=lambda name: probabilities[name])
-    about = {"config": config_name(config), "checkpoint": str(checkpoint), "source": str(source)}
+    about = origin(config, checkpoint=checkpoint, source=source)
     write_json(target, {**about, "frames": clip.length, "class": found, "probabilities": probabilities})
     console.print(f"class: {found}, of probability {probabilities[found]:.3f}\nprobabilities: {target}")
     return 0

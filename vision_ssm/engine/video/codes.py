@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from vision_ssm.engine.checkpoint import load_into, read_state, write_json
-from vision_ssm.engine.config import config_name
 from vision_ssm.engine.figures import save_figure
+from vision_ssm.engine.findings import origin, print_files, print_numbers
 from vision_ssm.engine.outputs import require_output
 from vision_ssm.engine.tasks import Mode
 from vision_ssm.engine.training.build import build_loader
@@ -171,11 +171,10 @@ def measure_reconstructions(config: Config, checkpoint: Path, *, console: Consol
     require_output(out)
     task = load_task(config, checkpoint)
     scores = evaluate(config, task)
-    for metric, value in scores.items():
-        console.print(f"{metric:24}{value:.4f}")
+    print_numbers(console, scores)
     if out is None:
         return
-    write_json(out, {"config": config_name(config), "checkpoint": str(checkpoint), **scores})
+    write_json(out, {**origin(config, checkpoint=checkpoint), **scores})
     clip = next(iter(build_loader(config.test_dataloader)))["video"][:1].to(device())
     with torch.no_grad():
         decoded = task(clip)
@@ -184,4 +183,4 @@ def measure_reconstructions(config: Config, checkpoint: Path, *, console: Consol
         for title, frames in {"frame": clip, "decoded": decoded}.items()
     }
     save_figure(out.with_suffix(".png"), contact_sheet(rows))
-    console.print(f"scores: {out}, {out.with_suffix('.png')}")
+    print_files(console, out, out.with_suffix(".png"))

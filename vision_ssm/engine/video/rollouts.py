@@ -16,8 +16,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from vision_ssm.engine.checkpoint import write_atomically, write_json
-from vision_ssm.engine.config import config_name
 from vision_ssm.engine.figures import save_figure
+from vision_ssm.engine.findings import origin, print_files, print_numbers
 from vision_ssm.engine.outputs import require_output
 from vision_ssm.engine.training.build import build_loader
 from vision_ssm.engine.training.device import device
@@ -88,13 +88,11 @@ def measure_rollouts(
     task = load_task(config, checkpoint)
     assert isinstance(task, FramePrediction)
     drift = measure(config, task, console=console, extractor=extractor)
-    for name, mean in drift.means().items():
-        console.print(f"{LABELS[name]:24}{mean:.4f}")
-    for name, reason in drift.missing.items():
-        console.print(f"{LABELS[name]:24}not measured: {reason}")
+    missing = {name: f"not measured: {reason}" for name, reason in drift.missing.items()}
+    print_numbers(console, {LABELS[name]: number for name, number in {**drift.means(), **missing}.items()})
     if out is not None:
-        drift.write(out, {"config": config_name(config), "checkpoint": str(checkpoint), "context": task.context})
-        console.print(f"scores: {out}, {out.with_suffix('.csv')}, {out.with_suffix('.png')}")
+        drift.write(out, {**origin(config, checkpoint=checkpoint), "context": task.context})
+        print_files(console, out, out.with_suffix(".csv"), out.with_suffix(".png"))
 
 
 @torch.no_grad()
