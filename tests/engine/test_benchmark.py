@@ -47,7 +47,7 @@ def row() -> Row:
 
 
 def test_rows_of_a_suite(tiny_suite: str, device: torch.device) -> None:
-    rows = list(benchmark.run(tiny_suite, device))
+    rows = [r for r in benchmark.run(tiny_suite, device) if "CUDA graph" not in r.case]
     assert [(r.subject, r.direction) for r in rows] == [
         (subject, direction) for subject in ("routed_scan", "test_vmamba") for direction in (FORWARD, BOTH)
     ]

@@ -226,12 +226,12 @@ def test_other_mixers_serve(network, image):
         assert scans(net) and net(image).isfinite().all()
 
 
-def train(net, dtype, steps, device="cpu"):
+def train(net, dtype, steps, device="cpu", lr=2e-3):
     """Losses of a few hundred steps on bright spheres, all in autocast to ``dtype`` unless that is float32."""
     torch.manual_seed(1)
     sizes = (16,) * len(net.reductions[0])
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     losses = []
     for _ in range(steps):
         images = torch.randn(2, 1, *sizes).to(device)
@@ -256,8 +256,11 @@ def test_it_learns_in_bfloat16(network):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="half precision as a GPU does it")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_200_steps_in_half_precision_are_those_of_float32(network, dtype):
+    """At the rate of the other tests, float32 itself ends 2 % elsewhere if the weights are changed by 1e-4."""
     net, wide = network().cuda(), network().cuda()
     wide.load_state_dict(net.state_dict())
-    losses, reference = (train(m.train(), kind, 200, "cuda") for m, kind in ((net, dtype), (wide, torch.float32)))
+    losses, reference = (
+        train(m.train(), kind, 200, "cuda", lr=5e-4) for m, kind in ((net, dtype), (wide, torch.float32))
+    )
     assert losses.isfinite().all()
     assert_close(losses[-50:].mean(), reference[-50:].mean(), rtol=0.02, atol=0.0)
