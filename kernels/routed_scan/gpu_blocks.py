@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -83,8 +84,8 @@ def _obstacle(same_dtype: bool, sizes: tuple[int, int, int], small: bool, device
         return "the projections are not in the map's dtype, or A is in float64; cast them"
     if channels % 8:
         return f"{channels} channels are no multiple of 8"
-    if rank % 2 or (state > 1 and state % 2):
-        return f"the rank {rank} of Δ or the state size {state} is odd"
+    if state > 1 and state % 2:
+        return f"the state size {state} is odd"
     if rank + 2 * (state == 1) > 64 or state > 64:
         return f"the rank {rank} of Δ is over 62, or the state size {state} over 64"
     return None if small else "a sample has 2^31 or more values"
@@ -320,10 +321,30 @@ def _by_state(A: Tensor) -> Tensor:
     return A if A.shape[-1] == 1 else A.permute(2, 0, 1).contiguous()
 
 
+def _even(low_rank: Tensor, dt_weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with one rank more, of zeros, if the rank of Δ is odd: rows are copied in pieces of two columns."""
+    rank, state = dt_weight.shape[-1], A.shape[-1]
+    if rank % 2 == 0:
+        return low_rank, dt_weight
+    columns = low_rank.unflatten(-1, (-1, rank + 2 * state))
+    padded = columns.new_zeros(*columns.shape[:-1], rank + 1 + 2 * state)
+    padded[..., :rank] = columns[..., :rank]
+    padded[..., rank + 1 :] = columns[..., rank:]
+    return padded.flatten(-2), F.pad(dt_weight, (0, 1))
+
+
+def _odd(dlow_rank: Tensor, dt_weight: Tensor, A: Tensor) -> Tensor:
+    """Undo ``_even`` for the gradient of its first result."""
+    rank, state = dt_weight.shape[-1], A.shape[-1]
+    columns = dlow_rank.unflatten(-1, (-1, rank + 1 + 2 * state))
+    return torch.cat((columns[..., :rank], columns[..., rank + 1 :]), dim=-1).flatten(-2)
+
+
 def forward(
     x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Routes
 ) -> Tensor:
     """See :func:`vision_ssm.kernels.routed_scan.op.routed_scan`; all tensors contiguous."""
+    low_rank, dt_weight = _even(low_rank, dt_weight, A)
     call = _call(x, low_rank, (dt_weight, dt_bias, A, D), routes, backward=False)
     y = torch.empty_like(x) if call.full else torch.zeros_like(x)
     x, low_rank, dt_weight, dt_bias, A, D = map(_aligned, (x, low_rank, dt_weight, dt_bias, _by_state(A), D))
@@ -415,6 +436,9 @@ def backward(
     dy: Tensor, x: Tensor, low_rank: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: Routes
 ) -> tuple[Tensor, ...]:
     """Gradients by x, low_rank, dt_weight, dt_bias, A and D, each in the dtype of its tensor; all contiguous."""
+    if dt_weight.shape[-1] % 2:
+        dx, dlow_rank, ddt_weight, *grads = backward(dy, x, *_even(low_rank, dt_weight, A), dt_bias, A, D, routes)
+        return dx, _odd(dlow_rank, dt_weight, A), ddt_weight[..., :-1].contiguous(), *grads
     weights = dt_weight, dt_bias, A, D
     call = _call(x, low_rank, weights, routes, backward=True)
     dx = torch.empty_like(x) if call.full else torch.zeros_like(x)

@@ -59,6 +59,8 @@ def launch(self, *tensors):
         pytest.param(Case(10, (3, 3), 8, 1, 2, CROSS), torch.float16, 1, 2**10, id="in parts"),
         pytest.param(Case(1, (2, 4), 8, 1, 4, ATROUS, shared=True), torch.float16, 1, 2**30, id="shared columns"),
         pytest.param(Case(2, (4, 6), 64, 1, 48, ATROUS), torch.float16, 1, 2**30, id="direct"),
+        pytest.param(Case(2, (3, 3), 8, 1, 3, CROSS), torch.float16, 1, 2**30, id="odd rank"),
+        pytest.param(Case(2, (2, 4), 8, 2, 5, ATROUS, shared=True), torch.float16, 1, 2**30, id="odd rank, shared"),
         pytest.param(Case(1, (4, 4), 8, 1, 2, (ROW,)), torch.float16, 1, 2**30, id="one route"),
         pytest.param(Case(1, (4, 4), 8, 1, 2, CROSS[:3]), torch.float16, 1, 2**30, id="no pairs"),
         pytest.param(Case(1, (6, 12), 32, 4, 6, BIDIRECTIONAL), torch.bfloat16, 4, 2**30, id="several states, cut"),

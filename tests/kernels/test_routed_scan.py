@@ -163,6 +163,7 @@ def test_triton_in_half_precision(dtype, values, gradients, small_blocks, device
 LAYERS = [
     (torch.float32, 33, 1, 3),
     (torch.float16, 96, 1, 6),
+    (torch.float16, 40, 1, 3),
     (torch.bfloat16, 130, 1, 40),
     (torch.bfloat16, 64, 2, 4),
     (torch.float32, 17, 5, 2),
