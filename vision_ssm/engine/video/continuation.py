@@ -87,7 +87,7 @@ def continue_file(
             yield frame[0]
 
     write_video(target, frames_of(), fps)
-    rows = {
+    rows: dict[str, dict[int, Tensor | None]] = {
         "context": {number + 1: beginning[number] for number in chosen(context)},
         "truth": {at + 1: truth.get(number) for number, at in after.items()},  # it may end sooner
         "prediction": {at + 1: generated[number] for number, at in after.items()},

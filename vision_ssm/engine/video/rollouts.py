@@ -88,8 +88,8 @@ def measure_rollouts(
     task = load_task(config, checkpoint)
     assert isinstance(task, FramePrediction)
     drift = measure(config, task, console=console, extractor=extractor)
-    missing = {name: f"not measured: {reason}" for name, reason in drift.missing.items()}
-    print_numbers(console, {LABELS[name]: number for name, number in {**drift.means(), **missing}.items()})
+    print_numbers(console, {LABELS[name]: mean for name, mean in drift.means().items()})
+    print_numbers(console, {LABELS[name]: f"not measured: {reason}" for name, reason in drift.missing.items()})
     if out is not None:
         drift.write(out, {**origin(config, checkpoint=checkpoint), "context": task.context})
         print_files(console, out, out.with_suffix(".csv"), out.with_suffix(".png"))
