@@ -217,6 +217,9 @@ def typed(line: str) -> int:
     return subprocess.run(command, env={**os.environ, "PET_STANDALONE": "1"}, check=False, timeout=400).returncode
 
 
+OUTPUT = re.compile(r"--(?:out|figure|work-dir) (\S+)")
+
+
 def shortened(line: str) -> str:
     return " ".join([line, *(behind for beginning, behind in SHORTER.items() if line.startswith(beginning))])
 
@@ -239,6 +242,7 @@ def run_shell(block: Block, page: Path, names: dict[str, object]) -> None:
     for line in filter(runs_here, shell_lines(block)):
         assert line.startswith(("vision-ssm ", "torchrun ")), f"{page.name}: no test runs {line!r}"
         assert typed(shortened(line)) == 0, line
+        assert [path for path in OUTPUT.findall(line) if not Path(path).exists()] == [], line
 
 
 RUN = {"python": run_python, "pycon": run_doctest, "shell": run_shell}
@@ -297,19 +301,21 @@ def test_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> 
         load_config(parsed.config, parsed.set, safe=parsed.safe)
 
 
-SENTENCES = sorted({span for page in PAGES for span in code_in_sentences(page) if re.match(r"vision-ssm [a-z]", span)})
+CUT_SHORT = re.compile(r"(?:vision-ssm|torchrun .* -m vision_ssm\.tools) (?P<name>[a-z]+)(?P<rest>.*)")
+SENTENCES = sorted({span for page in PAGES for span in code_in_sentences(page) if CUT_SHORT.match(span)})
 
 
 @pytest.mark.parametrize("span", SENTENCES, ids=str)
 def test_commands_in_sentences_are_understood(span: str) -> None:
     """They may be cut short, so it is their names and options that are looked at."""
-    _, name, *words = shlex.split(span)
-    parsers = [cli.tool_of(name).parser()]
+    found = CUT_SHORT.match(span)
+    assert found is not None
+    parsers = [cli.tool_of(found["name"]).parser()]
     for action in parsers[0]._actions:
         if isinstance(action, argparse._SubParsersAction):
             parsers += action.choices.values()
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    assert {word for word in words if word.startswith("--")} <= known
+    assert {word for word in found["rest"].split() if word.startswith("--")} <= known
 
 
 def test_make_has_the_targets() -> None:

@@ -1,6 +1,9 @@
 """MONAI Bundles: complete, accepted by MONAI's own commands, and labelling volumes as ``vision-ssm predict`` does."""
 
 import json
+import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,8 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from data_sets import save, small_brain
+from documents import blocks, shell_lines
 from torch.testing import assert_close
 
 pytest.importorskip("fire")
@@ -153,6 +158,26 @@ def test_run_labels_a_volume_as_predict_does(made, weights, tmp_path):
     labels, expected = (np.asarray(one.dataobj) for one in (found, ours))
     assert len(np.unique(expected)) > 1
     assert (labels == expected).mean() > 0.9999  # float32 on either side of a tie
+
+
+def test_the_commands_of_its_readme_run(made, tmp_path, monkeypatch):
+    """In their order, as they stand, on files of the names that they have."""
+    monkeypatch.chdir(shutil.copytree(made, tmp_path / "tiny"))
+    shutil.copy(SCHEMA, "schema.json")
+    image, _, affine = small_brain()
+    for name in ("FOLDER/case", "one", "another"):
+        save(Path(f"{name}.nii.gz"), image, affine)
+    (block,) = [block for block in blocks(Path("docs/README.md")) if block.language == "shell"]
+    commands = [shlex.split(line) for line in shell_lines(block)]
+    assert [command[0] for command in commands] == ["python"] * 5 + ["vision-ssm"]
+    for command in commands[:-1]:
+        monkeypatch.setattr(sys, "argv", command[2:])
+        runpy.run_module(command[2], run_name="__main__")
+    assert sorted(path.name for path in Path("eval").iterdir()) == [
+        f"{name}_labels.nii.gz" for name in ("another", "case", "one")
+    ]
+    assert Path("models/model.ts").is_file()
+    assert cli.main(commands[-1][1:]) == 0
 
 
 def test_cases_of_several_modalities_are_put_together(tmp_path):

@@ -13,8 +13,7 @@ DOCUMENTS = [README, *(ROOT / name for name in ("CONTRIBUTING.md", "model_zoo/re
 PAGES = [*DOCUMENTS, *(page for page in sorted(DOCS.rglob("*.md")) if not MADE & set(page.parts))]
 """Every page that a person wrote."""
 
-FENCE = re.compile(r"^```(?P<language>[\w-]+)\n(?P<code>.*?)^```$", flags=re.DOTALL | re.MULTILINE)
-FENCED = re.compile(r"^```.*?^```$", flags=re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^```(?P<language>[^\n]*)\n(?P<code>.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 
 class Block(NamedTuple):
@@ -26,9 +25,11 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> Iterator[Block]:
+    """All but the directives of Sphinx."""
     text = page.read_text(encoding="utf-8")
     for fence in FENCE.finditer(text):
-        yield Block(fence["language"], fence["code"], text.count("\n", 0, fence.start("code")))
+        if not fence["language"].startswith("{"):
+            yield Block(fence["language"], fence["code"], text.count("\n", 0, fence.start("code")))
 
 
 def shell_lines(block: Block) -> list[str]:
@@ -38,5 +39,5 @@ def shell_lines(block: Block) -> list[str]:
 
 def code_in_sentences(page: Path) -> list[str]:
     """What stands between backticks, on one line each."""
-    spans = re.findall(r"`([^`]+)`", FENCED.sub("", page.read_text(encoding="utf-8")))
+    spans = re.findall(r"`([^`]+)`", FENCE.sub("", page.read_text(encoding="utf-8")))
     return [" ".join(span.split()) for span in spans]

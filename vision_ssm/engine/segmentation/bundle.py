@@ -340,7 +340,7 @@ a file for each of its channels: {metadata["image_classes"]}.
 
 Made with MONAI {metadata["monai_version"]}, PyTorch {metadata["pytorch_version"]}, {packages}. In this folder:
 
-```
+```shell
 {COMMANDS.strip()}
 ```
 
