@@ -29,11 +29,13 @@ def measure(out: Path, suite: str) -> None:
     from rich.console import Console
 
     from vision_ssm.engine.benchmark import scale
+    from vision_ssm.engine.training.device import group_left
 
     # torchrun: one voice for all processes
     console = Console(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
-    for row in scale.measure(suite, out):
-        console.print(f"{row.subject} {row.case} on {row.processes} {row.dtype}: {row.samples_per_s:.4g} samples/s")
+    with group_left():
+        for row in scale.measure(suite, out):
+            console.print(f"{row.subject} {row.case} on {row.processes} {row.dtype}: {row.samples_per_s:.4g} samples/s")
     console.print(f"wrote {out}")
 
 

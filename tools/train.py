@@ -21,12 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from vision_ssm.engine.config import config_name, load_config
     from vision_ssm.engine.report import print_scores
+    from vision_ssm.engine.training.device import group_left
     from vision_ssm.engine.training.train import train
 
     console = Console(quiet=os.environ.get("RANK", "0") != "0")  # torchrun: one voice for all processes
     config = load_config(args.config, args.set, safe=args.safe)
     work_dir = args.work_dir or Path("runs") / config_name(config)
-    result, _ = train(config, work_dir, console=console, title=config_name(config), resume=args.resume)
+    with group_left():
+        result, _ = train(config, work_dir, console=console, title=config_name(config), resume=args.resume)
     print_scores(console, {config_name(config): result})
     console.print(f"weights: {work_dir / 'weights.safetensors'}", soft_wrap=True)
     return 0

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +30,7 @@ from vision_ssm.engine.config import build, load_config
 from vision_ssm.engine.experiment.runs import network_of
 from vision_ssm.engine.metrics import Accuracy, Dice
 from vision_ssm.engine.training.build import build_runner
+from vision_ssm.engine.training.device import group_left, join_group
 from vision_ssm.engine.training.evaluate import evaluate, load_task
 from vision_ssm.engine.training.hooks import TrainingInterrupted
 from vision_ssm.engine.training.parallel import gathered, shard_units
@@ -120,8 +122,6 @@ def main(folder: Path) -> None:
     """What each of two processes does; the first one writes."""
     quiet = Console(quiet=True)
     torch.use_deterministic_algorithms(True, warn_only=True)  # as the tests do
-    command = ["train", str(FIXTURES / "tiny_unet.py"), "--work-dir", str(folder / "command")]
-    assert cli.main([*command, "--set", "train_cfg.max_iters=2", "train_cfg.val_interval=3"]) == 0
     kept = {}
     for name, wrapper in (("replicated", ()), ("sharded", SHARDED)):
         gradients = Gradients()
@@ -145,6 +145,8 @@ def main(folder: Path) -> None:
         build_runner(plane(*SHARDED, *averages), folder / "averages")
     with pytest.raises(ValueError, match="launcher='none', but torchrun started this process; leave launcher out"):
         build_runner(plane("launcher=none"), folder / "alone")
+    command = ["train", str(FIXTURES / "tiny_unet.py"), "--work-dir", str(folder / "command")]
+    assert cli.main([*command, "--set", "train_cfg.max_iters=2", "train_cfg.val_interval=3"]) == 0
     assert cli.main(["scale", "measure", str(folder / "scale.jsonl"), "--suite", "scale_smoke"]) == 0
     if os.environ["RANK"] == "0":
         torch.save(kept, folder / "gradients.pt")
@@ -261,6 +263,46 @@ def test_units_are_called_items_of_lists():
     assert shard_units(net, 1000) == [second.mlp[2], second.mlp[0], first.mlp[2], first.mlp[0]]
     assert shard_units(net, 2000) == [second, first]
     assert shard_units(net, 10_000) == []
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As torchrun starts the only one of its processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    meeting = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in {**alone, **meeting}.items():
+        monkeypatch.setenv(name, value)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_a_group_is_left_by_who_joined_it(launched):
+    with group_left():
+        join_group()
+        with group_left():
+            join_group()
+        assert torch.distributed.is_initialized()
+    assert not torch.distributed.is_initialized()
+
+
+def test_after_an_error_a_group_is_given_up(launched, monkeypatch):
+    given_up = []
+    monkeypatch.setattr(torch.distributed.ProcessGroup, "abort", lambda group: given_up.append(group))
+    with pytest.raises(ValueError, match="damaged"), group_left():
+        join_group()
+        raise ValueError("damaged")
+    assert given_up == [torch.distributed.group.WORLD]
+
+
+@pytest.mark.filterwarnings("ignore:Grad strides do not match")  # of a depthwise convolution; no error, it says
+def test_the_command_leaves_its_group(launched, tmp_path):
+    command = ["train", str(FIXTURES / "tiny_unet.py"), "--work-dir", str(tmp_path / "run")]
+    assert cli.main([*command, "--set", "train_cfg.max_iters=1", "train_cfg.val_interval=2"]) == 0
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_launcher_that_did_not_start_the_process(tmp_path):

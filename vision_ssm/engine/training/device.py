@@ -1,10 +1,13 @@
 """Where a run computes: its device, and the processes that were started together."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed
 from mmengine.dist import init_dist
 
-__all__ = ["device", "join_group"]
+__all__ = ["device", "group_left", "join_group"]
 
 
 def join_group(launcher: str | None = None) -> str:
@@ -30,6 +33,23 @@ def join_group(launcher: str | None = None) -> str:
         else:  # mmengine would set a CUDA device
             torch.distributed.init_process_group("gloo")
     return launcher
+
+
+@contextmanager
+def group_left() -> Iterator[None]:
+    """Whatever group is joined within is left at the end; after an error, without a wait for the other processes.
+
+    What a process joined before is left alone. Who leaves cannot join again: it is for the end of a command.
+    """
+    before = torch.distributed.is_initialized()
+    try:
+        yield
+    except BaseException:
+        if torch.distributed.is_initialized() and not before:
+            torch.distributed.group.WORLD.abort()  # to destroy it, others would have to answer, and they may be waiting
+        raise
+    if torch.distributed.is_initialized() and not before:
+        torch.distributed.destroy_process_group()
 
 
 def device() -> torch.device:
