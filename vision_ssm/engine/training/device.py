@@ -45,8 +45,8 @@ def group_left() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if torch.distributed.is_initialized() and not before:
-            torch.distributed.group.WORLD.abort()  # to destroy it, others would have to answer, and they may be waiting
+        if (joined := torch.distributed.group.WORLD) is not None and not before:
+            joined.abort()  # to destroy it, others would have to answer, and they may be waiting
         raise
     if torch.distributed.is_initialized() and not before:
         torch.distributed.destroy_process_group()
