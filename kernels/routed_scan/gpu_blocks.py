@@ -29,7 +29,7 @@ try:
 except (ImportError, AttributeError):  # a Triton before 3.6
     HAS_GLUON = False
 
-_SCRATCH = {"forward": 320 * 2**20, "backward": 512 * 2**20, "backward, pairs": 64 * 2**20, "sums": 80 * 2**20}
+_SCRATCH = {"forward": 320 * 2**20, "backward": 512 * 2**20, "backward, pairs": 64 * 2**20, "sums": 160 * 2**20}
 """Bytes of scratch memory, twice as many for several states; a batch that needs more is done in parts. Sums of pairs
 are made in parts of their own, smaller ones: their blocks are independent, so that few samples fill the device."""
 
