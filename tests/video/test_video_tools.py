@@ -2,17 +2,21 @@
 
 import csv
 import errno
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy.linalg import sqrtm
 from torch.testing import assert_close
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -23,9 +27,11 @@ from vision_ssm.engine.checkpoint import save_weights
 from vision_ssm.engine.config import build, load_config
 from vision_ssm.engine.training.build import spanning
 from vision_ssm.engine.training.evaluate import evaluate, load_task
+from vision_ssm.engine.video.continuation import continue_file
 from vision_ssm.engine.video.encoding import write_video
 from vision_ssm.engine.video.next_frame import FramePrediction, mse, psnr, ssim
 from vision_ssm.engine.video.perceptual import ClipFeatures, NotMeasured, frechet_distance, lpips
+from vision_ssm.engine.video.rollouts import measure_rollouts
 from vision_ssm.engine.video.sheet import chosen, contact_sheet
 from vision_ssm.tools import __main__ as cli
 from vision_ssm.video import MODELS, NextFrame, convs5_stack, pixel_loss
@@ -100,6 +106,25 @@ def test_the_published_recipe():
 def test_a_run_that_ends_before_its_schedule_begins_is_refused(tmp_path, capsys):
     command = ["train", TINY, "--work-dir", tmp_path / "run", "--set", "train_cfg.max_iters=1"]
     assert "param_scheduler.1 begins at step 1, the run has 1" in refused(capsys, *command)
+
+
+@pytest.mark.parametrize("loader", ["val_dataloader", "test_dataloader"])
+def test_clips_that_end_with_the_context_are_refused_before_training(loader, tmp_path, capsys):
+    command = ["train", TINY, "--work-dir", tmp_path / "run", "--set", f"{loader}.dataset.frames=3"]
+    assert "the clip has 3 frames, the context is 3: none is left to predict" in refused(capsys, *command)
+    assert not [*(tmp_path / "run").iterdir()]
+
+
+def test_what_takes_long_shows_how_far_it_is(weights, clip, tmp_path):
+    config = load_config(TINY)
+    for title, work in (
+        ("testing", partial(evaluate, config, load_task(config, weights))),
+        ("generating", partial(measure_rollouts, config, weights)),
+        ("generating", partial(continue_file, config, weights, clip, tmp_path / "out.mkv", frames=3)),
+    ):
+        console = Console(file=io.StringIO(), force_terminal=True)
+        work(console=console)
+        assert re.search(rf"{title} .*100%", console.file.getvalue())
 
 
 def test_a_folder_of_videos_trains(tmp_path):

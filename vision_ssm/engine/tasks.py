@@ -1,15 +1,23 @@
 """Tasks: what a network is trained for. Each wraps one network and gives the Runner a loss or predictions."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch.nn.functional as F
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-__all__ = ["Classification", "Segmentation"]
+__all__ = ["ChecksItems", "Classification", "Segmentation"]
 
 Mode = Literal["tensor", "loss", "predict"]
+
+
+@runtime_checkable
+class ChecksItems(Protocol):
+    """A task that knows what it cannot be tested on, so that training does not begin before that is found out."""
+
+    def check_item(self, item: Mapping[str, Tensor]) -> None:
+        """Raises ValueError unless an item of a test set can be predicted."""
 
 
 class Segmentation(BaseModel):

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from vision_ssm.data.draws import Draws, DrawSampler
 from vision_ssm.engine.checkpoint import PARTIAL, find_checkpoint, make_writable
 from vision_ssm.engine.config import DATA_LOADERS, OWN_KEYS, build, settings
+from vision_ssm.engine.tasks import ChecksItems
 from vision_ssm.engine.training.device import join_group
 from vision_ssm.engine.training.hooks import InterruptHook, PlainStateHook
 from vision_ssm.engine.training.parallel import GroupHook, is_sharded
@@ -114,6 +115,10 @@ def described_parts(config: Config) -> dict[str, Any]:
     for evaluator in ("val_evaluator", "test_evaluator"):
         if evaluator in config:
             parts[evaluator] = build(config[evaluator])
+    if isinstance(task := parts["model"], ChecksItems):
+        for loader in ("val_dataloader", "test_dataloader"):
+            if loader in parts:
+                task.check_item(parts[loader].dataset[0])
     parts["param_scheduler"] = spanning(config.get("param_scheduler"), config.get("train_cfg"))
     return parts
 

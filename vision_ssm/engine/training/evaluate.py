@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.model import BaseModel
 from rich.console import Console
+from rich.progress import track
 
 from vision_ssm.engine.checkpoint import load_into, read_state, write_json
 from vision_ssm.engine.config import build
@@ -35,11 +36,16 @@ def load_task(config: Config, checkpoint: Path) -> BaseModel:
 
 
 @torch.no_grad()
-def evaluate(config: Config, task: BaseModel) -> dict[str, float]:
-    """Every metric of ``config.test_evaluator`` on ``config.test_dataloader``."""
+def evaluate(config: Config, task: BaseModel, *, console: Console | None = None) -> dict[str, float]:
+    """Every metric of ``config.test_evaluator`` on ``config.test_dataloader``.
+
+    Args:
+        console: where a bar shows how far the test is, if it is a terminal.
+    """
     loader = build_loader(config.test_dataloader)
     evaluator = Evaluator(build(config.test_evaluator))
-    for batch in loader:
+    hidden = console is None or not console.is_terminal
+    for batch in track(loader, "testing", console=console, disable=hidden):
         evaluator.process(task.test_step(batch), batch)
     dataset: Any = loader.dataset
     return evaluator.evaluate(len(dataset))
@@ -52,7 +58,7 @@ def measure_by_metrics(config: Config, checkpoint: Path, *, console: Console, ou
         FileNotFoundError, ValueError: see ``load_task`` and ``require_output``.
     """
     require_output(out)
-    scores = evaluate(config, load_task(config, checkpoint))
+    scores = evaluate(config, load_task(config, checkpoint), console=console)
     print_numbers(console, scores)
     if out is not None:
         write_json(out, {**origin(config, checkpoint=checkpoint), **scores})

@@ -76,7 +76,7 @@ def train(
         seconds=seconds,
         device=device().type,
         losses=loss_curve(runner),
-        scores=evaluate(config, task),
+        scores=evaluate(config, task, console=console),
     )
     if is_main_process():
         save_weights(

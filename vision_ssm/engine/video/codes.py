@@ -170,7 +170,7 @@ def measure_reconstructions(config: Config, checkpoint: Path, *, console: Consol
     """
     require_output(out)
     task = load_task(config, checkpoint)
-    scores = evaluate(config, task)
+    scores = evaluate(config, task, console=console)
     print_numbers(console, scores)
     if out is None:
         return

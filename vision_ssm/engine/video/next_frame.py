@@ -91,14 +91,21 @@ class FramePrediction(BaseModel):
         Raises:
             ValueError: no frame comes after the context; or clip and actions do not fit the network.
         """
-        frames = video.shape[1] - self.context
-        if frames < 1:
-            raise ValueError(
-                f"the clip has {video.shape[1]} frames, the context is {self.context}: none is left to predict; give "
-                "longer clips or set a shorter model.context"
-            )
+        frames = self.frames_after(video.shape[1])
         stream = self.net.stream(video[:, : self.context], actions=actions)
         return (frame for frame, _ in islice(stream, frames))
+
+    def check_item(self, item: Mapping[str, Tensor]) -> None:
+        self.frames_after(len(item["video"]))
+
+    def frames_after(self, length: int) -> int:
+        """How many of ``length`` frames come after the context, or the ValueError that there is none."""
+        if length <= self.context:
+            raise ValueError(
+                f"the clip has {length} frames, the context is {self.context}: none is left to predict; give "
+                "longer clips or set a shorter model.context"
+            )
+        return length - self.context
 
 
 def require_next(video: Tensor) -> None:
