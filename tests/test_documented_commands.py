@@ -35,6 +35,7 @@ from vision_ssm.engine.video.encoding import write_video
 from vision_ssm.tools import __main__ as cli
 
 STEPS = "train_cfg.max_iters=2 train_cfg.val_interval=2 train_dataloader.batch_size=2"
+SMALL = "model.net.backbone=test_vmamba model.net.out_indices=(0,1)"
 PATCHES = "train_dataloader.dataset.size=(16,16,16) model.inferer.roi_size=(16,16,16)"
 SEGMAMBA = "model.net.dims=(4,8) model.net.depths=(1,1) model.net.hidden=8 model.net.state=2"
 RAMP = "param_scheduler.0.end=1 param_scheduler.1.begin=1"
@@ -49,7 +50,9 @@ SHORTER = {
     "vision-ssm train medical/brats_segmamba ": f"--set {SEGMAMBA} {PATCHES} train_dataloader.num_workers=0",
     "vision-ssm train medical/acdc_vm_unet ": "--set model.net.backbone=test_vmamba model.net.depths=(1,1,1,1) "
     "model.net.decoder_depths=(1,1,1,1) train_dataloader.dataset.size=(32,32) model.inferer.roi_size=(32,32)",
-    "vision-ssm train medical/deep_grey_vmamba_unet --work-dir runs/brain --resume": "--set train_cfg.max_iters=3",
+    "vision-ssm train medical/deep_grey_vmamba_unet --work-dir runs/brain --resume": "--set train_cfg.max_iters=3 "
+    f"{SMALL}",
+    "vision-ssm train medical/deep_grey_vmamba_unet --work-dir runs/averaged ": f"--set {SMALL}",
     "vision-ssm train video/moving_digits_convs5_nano ": f"--set {DIGITS}",
     "vision-ssm train video/moving_digits_vq_nano ": f"--set {DIGITS}",
     "vision-ssm train video/moving_digits_codes_nano ": f"--set {DIGITS}",
@@ -75,7 +78,7 @@ SHORTER = {
     "train_dataloader.dataset.dataset.size=(32,32) test_dataloader.dataset.clips=1 test_dataloader.dataset.frames=402 "
     "test_dataloader.dataset.size=(32,32)",
     "vision-ssm benchmark --suite smoke ": "--only ssd_scan linear_scan --seconds 0.001",
-    "vision-ssm profile vmamba_tiny ": "--size 32",
+    "vision-ssm profile vmamba_tiny ": "--size 32 --seconds 0.01",
     "vision-ssm erf vmamba_tiny ": "--size 64 --samples 1",
     "torchrun --nproc-per-node 2 -m vision_ssm.tools train medical/brats_segmamba ": f"--set {STEPS} {SEGMAMBA} "
     f"{PATCHES} train_dataloader.num_workers=0",
@@ -185,14 +188,16 @@ def brats(folder: Path) -> None:
 
 @given("ACDC/database/training")
 def acdc(folder: Path) -> None:
-    LAYOUTS["acdc"](folder, *small_brain())
+    image, label, affine = small_brain()
+    LAYOUTS["acdc"](folder, image[..., ::4], label[..., ::4], affine)
 
 
 @given("runs/brain")
 def stopped_run(folder: Path) -> None:
     """A run that was stopped in its third step. Its checkpoints have the names that the config's interval gives."""
-    every = "train_cfg.max_iters=3 default_hooks.checkpoint.interval=1 default_hooks.checkpoint.max_keep_ckpts=3"
-    assert typed(f"vision-ssm train medical/deep_grey_vmamba_unet --work-dir {folder} --set {STEPS} {every}") == 0
+    kept = "train_cfg.max_iters=3 default_hooks.checkpoint.interval=1 default_hooks.checkpoint.max_keep_ckpts=3"
+    command = f"vision-ssm train medical/deep_grey_vmamba_unet --work-dir {folder}"
+    assert typed(f"{command} --set {STEPS} {SMALL} {kept}") == 0
     (folder / "iter_1.pth").rename(folder / "iter_80.pth")
     (folder / "iter_2.pth").rename(folder / "iter_160.pth")
     (folder / "iter_3.pth").unlink()

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = Table(Column("model", no_wrap=True), *(Column(heading, justify="right") for heading in headings))
     console = Console()
     for name in track(args.models, description="measuring", console=console, transient=True):
-        costs = profile(name, size=args.size, batch=args.batch, device=device)
+        costs = profile(name, size=args.size, batch=args.batch, device=device, seconds=args.seconds)
         table.add_row(
             name,
             f"{costs.parameters / 1e6:.2f}",
@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("models", nargs="+", metavar="MODEL", help="timm names, this package's or others")
     p.add_argument("--size", type=int, default=224, help="side of the images in pixels, 224 by default")
     p.add_argument("--batch", type=int, default=1, help="images of a run, 1 by default")
+    p.add_argument("--seconds", type=float, default=2.0, help="time for each of the two measurements, 2 by default")
     p.add_argument("--device", help="cpu or cuda; by default cuda if there is one")
     return p
 

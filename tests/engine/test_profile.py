@@ -44,11 +44,17 @@ def test_kept_bytes_are_those_of_activations():
 
 
 def test_the_command_prints_a_table(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
     """Of models that are built for one size, too."""
-    assert main(["profile", "test_vmamba", "test_vit", "--size", "64", "--device", "cpu"]) == 0
+    monkeypatch.setenv("COLUMNS", "200")
+    sizes = ["--size", "64", "--seconds", "0.01", "--device", "cpu"]
+    assert main(["profile", "test_vmamba", "test_vit", *sizes]) == 0
     shown = capsys.readouterr().out
     assert "Multiply-adds" in shown and "test_vmamba" in shown and "test_vit" in shown
+
+
+def test_time_is_needed(capsys):
+    assert main(["profile", "test_vmamba", "--seconds", "0", "--device", "cpu"]) == 2
+    assert "seconds must be positive; got 0" in capsys.readouterr().err
 
 
 def test_unknown_model_says_so(capsys):

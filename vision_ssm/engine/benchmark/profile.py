@@ -52,7 +52,10 @@ def profile(name: str, *, size: int, batch: int, device: torch.device, seconds: 
 
     Raises:
         RuntimeError: timm knows no such model.
+        ValueError: ``seconds``, the time for each of the two measurements, is not positive.
     """
+    if not seconds > 0:
+        raise ValueError(f"seconds must be positive; got {seconds}")
     with torch.device("meta"):
         total, scanned = count_multiply_adds(create(name, size).eval(), torch.empty(1, 3, size, size))
     model = create(name, size).to(device)
