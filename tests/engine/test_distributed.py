@@ -271,7 +271,7 @@ def launched(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     meeting = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in {**alone, **meeting}.items():
         monkeypatch.setenv(name, value)

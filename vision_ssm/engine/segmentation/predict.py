@@ -113,7 +113,7 @@ def label(
         flips: see ``Predictor``.
 
     Raises:
-        FileExistsError, PermissionError, FileNotFoundError, ValueError: see these and ``load_task``.
+        FileExistsError, PermissionError, FileNotFoundError, ValueError: see ``label_by``, ``load_task``, ``Predictor``.
     """
     predictor = Predictor(config, load_task(config, checkpoint), flips=flips)
     return label_by(predictor, source, target, console=console, overwrite=overwrite, probabilities=probabilities)
