@@ -52,8 +52,9 @@ def routed_scan(
     grid = x.shape[1:-1]
     check_routes(routes, grid)
     code = encode(routes)
-    if torch.jit.is_tracing():  # whose sizes are tensors, which no list of sizes takes
+    if not torch.compiler.is_compiling():
         return torch.ops.vision_ssm.routed_scan(x, low_rank, dt_weight, dt_bias, A, D, code, [])
+    # Inductor takes every map for one with its channels in front, and may lay it out anew; a list of cells it does not.
     if low_rank.shape[1:-1] != grid:
         raise ValueError(
             "routed_scan: low_rank must have the grid of x, shape "

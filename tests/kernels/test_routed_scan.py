@@ -77,7 +77,8 @@ def small_blocks(monkeypatch, device):
         monkeypatch.setattr(gpu, "_cached_call", gpu._Call)
 
 
-def check_triton(case, dtype, device, values=1e-5, gradients=1e-4, change=lambda inputs: inputs):
+def check_triton(case, dtype, device, values=1e-5, gradients=1e-4, change=lambda inputs: inputs, vanishing=1e-30):
+    """The error of a gradient is relative to its norm, or to ``vanishing`` if that is more."""
     inputs = change(make_inputs(case, dtype, device))
     want = run(reference, {key: m.double() for key, m in inputs.items()}, case.routes)
     y = gpu.forward(*inputs.values(), case.routes)
@@ -86,8 +87,8 @@ def check_triton(case, dtype, device, values=1e-5, gradients=1e-4, change=lambda
     grads = gpu.backward(dy.to(inputs["x"]), *inputs.values(), case.routes)
     for (key, m), have in zip(inputs.items(), grads, strict=True):
         assert have.dtype == m.dtype and have.isfinite().all(), key
-        # a gradient that vanishes has no relative error
-        assert relative_error(have, want[f"d{key}"]) < gradients or want[f"d{key}"].norm() < 1e-30, key
+        exact = want[f"d{key}"]
+        assert (have - exact).norm() <= gradients * exact.norm().clamp(min=vanishing), key
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -191,7 +192,8 @@ def test_fuzz(grid, stride, batch, layer, data):
     route = st.builds(Route, axes, reverse=st.booleans(), stride=st.just(stride), offset=offset)
     routes = data.draw(st.lists(route, min_size=1, max_size=8).map(tuple))
     padded = tuple(stride * size for size in grid)  # so that every route has as many steps
-    check_triton(Case(batch, padded, channels, state, rank, routes), dtype, "cuda", values, gradients)
+    # A single number that hundreds of random ones have left is all rounding where they cancel out.
+    check_triton(Case(batch, padded, channels, state, rank, routes), dtype, "cuda", values, gradients, vanishing=0.1)
 
 
 @given(
@@ -327,7 +329,7 @@ def test_one_compilation_serves_every_size(routes):
     [
         ({"x": torch.zeros(2, 5, 7, 6, dtype=torch.int32)}, "x must be real floating point"),
         ({"low_rank": torch.zeros(2, 5, 7, 31)}, r"routes\*\(rank\+2\*state\)=32"),
-        ({"low_rank": torch.zeros(2, 7, 5, 32)}, r"shape \(2, 5, 7, .*got \(2, 7, 5, 32\)"),
+        ({"low_rank": torch.zeros(2, 7, 5, 32)}, r"grid0=5, grid1=7, .*got \(2, 7, 5, 32\)"),
         ({"dt_weight": torch.zeros(4, 6)}, "dt_weight must have shape"),
         ({"A": torch.zeros(4, 5, 3)}, "A must have shape .*channels=6"),
         ({"D": torch.zeros(3, 6)}, "D must have shape .*routes=4"),
