@@ -1,8 +1,9 @@
 """Write a trained model as one file that runs without this package.
 
 MODEL is a backbone by its timm name, or the network of a config. Files are for any batch and any height and width from
-32 to 512 pixels (--sides says otherwise), unless --fixed; a trace of TorchScript is always for one size. A file gets
-its name after it was read back and computed what the model does.
+32 to 512 pixels (--sides says otherwise; networks whose coarsest map has cells of 32 pixels begin at 33), unless
+--fixed; a trace of TorchScript is always for one size. A file gets its name after it was read back and computed what
+the model does.
 
 Examples:
   vision-ssm export vmamba_tiny --to onnx --checkpoint vmamba_tiny.safetensors
@@ -35,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         subject = network(load_config(args.model, args.set, safe=args.safe), args.checkpoint, args.size)
     else:
         subject = backbone(args.model, args.checkpoint, args.size)
+    sides = tuple(args.sides) if args.sides else (max(32, subject.least), 512)
     path = args.out or Path(f"{Path(args.model).stem}{FORMATS[args.to].suffix}")
     with Console(stderr=True).status(f"exporting {args.model}; a large model takes minutes"):
-        done = export(subject, path, args.to, None if args.fixed else tuple(args.sides))
+        done = export(subject, path, args.to, None if args.fixed else sides)
     if args.record:
         record(args.record, subject, args.to, done)
     shapes = ", ".join("x".join(map(str, shape)) for shape in done.checked)
@@ -63,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, metavar="FILE", help="by default named as the model, in this folder")
     p.add_argument("--fixed", action="store_true", help="for one image of one size: a smaller and faster program")
     p.add_argument("--size", type=int, nargs="+", default=(), metavar="N", help="of --fixed: height and width")
-    p.add_argument("--sides", type=int, nargs=2, default=(32, 512), metavar=("LEAST", "MOST"), help="32 512 by default")
+    p.add_argument("--sides", type=int, nargs=2, metavar=("LEAST", "MOST"), help="of images; 32 512 by default")
     p.add_argument("--record", type=Path, metavar="PAGE", help="keep the figures beside a document, and in its table")
     return p
 

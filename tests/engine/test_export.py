@@ -1,9 +1,11 @@
 """Models as files that run without this package: the plain operators, the formats, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,15 +16,17 @@ from safetensors.torch import save_file
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
+import vision_ssm
 from vision_ssm.engine.config import load_config
 from vision_ssm.engine.export import program as exporting
 from vision_ssm.engine.export import table
-from vision_ssm.engine.export.file import TOLERANCE, Exported, export
+from vision_ssm.engine.export.file import TOLERANCE, Exported, deviation, export
 from vision_ssm.engine.export.formats import FORMATS
 from vision_ssm.engine.export.program import EXAMPLE, operators, plain, trace
-from vision_ssm.engine.export.subject import backbone, network
+from vision_ssm.engine.export.subject import Subject, backbone, network
 from vision_ssm.kernels import ROUTES, Route, cross_merge, cross_scan, decompositions, routed_scan
 from vision_ssm.kernels.routes import encode
+from vision_ssm.segmentation import SSMUNet, SwinUMamba, UltraLightVMUNet, UMamba, VMUNet
 from vision_ssm.tools import __main__ as cli
 from vision_ssm.tools.export import KINDS
 
@@ -34,6 +38,22 @@ FAMILIES = {
     "vim": ("test_vim", {"depth": 1, "dim": 8, "img_size": 48}),
     "hydra": ("test_hydra", {"depth": 1}),
     "vim2": ("test_vim2", {"depths": (1, 1), "dims": (8, 8), "channel_expand": (1.0, 1.0)}),
+}
+# One small segmentation network of each kind, for images of one channel and two classes.
+NETWORKS = {
+    "SSMUNet": lambda: SSMUNet(
+        "test_vmamba",
+        in_channels=1,
+        out_channels=2,
+        out_indices=(0, 1),
+        decoder_channels=[4] * 3,
+        depths=(1, 1),
+        dims=(8, 8),
+    ),
+    "UMamba": lambda: UMamba(2, 1, 2, channels=(4, 8), blocks=1, decoder_blocks=1, state=4),
+    "VMUNet": lambda: VMUNet(2, 1, 2, backbone="test_vmamba", depths=[1] * 4, decoder_depths=[1] * 4),
+    "SwinUMamba": lambda: SwinUMamba(2, 1, 2, backbone="test_vmamba", stem_channels=8),
+    "UltraLightVMUNet": lambda: UltraLightVMUNet(2, 1, 2, widths=[4] * 6),
 }
 LENGTHS = (1, 2, 31, 32, 33, 70)
 ALONE = """
@@ -70,6 +90,17 @@ def subject_of(family, sizes=(32, 40), **options):
         for parameter in subject.net.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return subject
+
+
+def network_of(make, sizes=(64, 64)):
+    """A small segmentation network, with noise in its weights as above."""
+    torch.manual_seed(0)
+    net = make().eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    least = max(net.reductions[-1]) + 1
+    return Subject(net=net, name="net", channels=1, sizes=sizes, classes=2, weights="random", least=least)
 
 
 def error_alone(kind, path, subject, shape, folder):
@@ -177,8 +208,9 @@ def test_onnx_of_every_family(family, tmp_path, record_property):
 @pytest.mark.parametrize("kind", ["pt2", "torchscript", pytest.param("aoti", marks=[pytest.mark.slow, needs_compiler])])
 def test_a_file_runs_where_the_package_is_not(kind, tmp_path):
     subject = subject_of("hydra")
-    done = export(subject, tmp_path / f"model{FORMATS[kind].suffix}", kind)
-    assert error_alone(kind, done.path, subject, (1, 3, 32, 40), tmp_path) < TOLERANCE
+    sides, shape = ((32, 64), (5, 3, 64, 33)) if kind == "aoti" else (None, (1, 3, 32, 40))
+    done = export(subject, tmp_path / f"model{FORMATS[kind].suffix}", kind, sides)
+    assert error_alone(kind, done.path, subject, shape, tmp_path) < TOLERANCE
     extra = {"vision_ssm.json": ""}
     if kind == "aoti":
         return
@@ -210,6 +242,28 @@ def test_other_families_take_any_size(family, tmp_path):
     assert done.error < TOLERANCE and len(done.checked) == 3
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_segmentation_networks_are_traced_for_any_size(name):
+    subject = network_of(NETWORKS[name])
+    program = trace(subject, (subject.least, 100)).module(check_guards=False)
+    for shape in ((3, 1, 40, 64), (2, 1, 64, 95), (5, 1, 65, 34)):
+        assert deviation(subject.net, program, shape) < TOLERANCE / 100
+
+
+def test_the_file_of_a_network_pads_and_crops_sizes_that_were_never_seen(tmp_path):
+    subject = network_of(partial(UMamba, 2, 1, 2, channels=(4, 8), blocks=1, decoder_blocks=1, mixer="identity"))
+    done = export(subject, tmp_path / "net.onnx", "onnx", sides=(8, 32))  # 32 is whole cells: it must be traced padded
+    assert done.error < TOLERANCE / 10
+    assert error_alone("onnx", done.path, subject, (5, 1, 31, 10), tmp_path) < TOLERANCE / 10
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_a_network_of_volumes(kind, tmp_path):
+    volumes = partial(UMamba, 3, 1, 2, channels=(4, 8), blocks=1, decoder_blocks=1, state=4)
+    done = export(network_of(volumes, (8, 9, 10)), tmp_path / f"net{FORMATS[kind].suffix}", kind)
+    assert done.scans == 1 and done.error < TOLERANCE / 10 and done.checked == ((1, 1, 8, 9, 10),)
+
+
 def test_the_parser_of_tensorrt_takes_it(tmp_path):
     trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed: its parser was not asked")
     export(subject_of("vmamba"), tmp_path / "model.onnx", "onnx")
@@ -223,7 +277,7 @@ def test_a_network_of_a_config(tmp_path):
     config = load_config("medical/deep_grey_vmamba_unet", ["model.net.backbone=test_vmamba"])
     subject = network(config, None, (32, 48))
     assert subject.channels == 5 and subject.classes == tuple(config.classes)
-    assert network(config, None).sizes == (48, 96)
+    assert network(config, None).sizes == (48, 96) and subject.least == 17
     done = export(subject, tmp_path / "net.ts", "torchscript")
     assert torch.jit.load(done.path)(torch.zeros(1, 5, 32, 48)).shape == (1, 7, 32, 48)
 
@@ -256,6 +310,8 @@ def test_what_cannot_be_is_refused(tmp_path):
     for sides in ((64, 32), (0, 32)):
         with pytest.raises(ValueError, match="the least and a greater one"):
             export(subject, tmp_path / "a.pt2", "pt2", sides=sides)
+    with pytest.raises(ValueError, match=r"test_vmamba pads images below 33 .* let its sides begin at 33"):
+        export(dataclasses.replace(subject, least=33), tmp_path / "a.pt2", "pt2", sides=(32, 64))
     with pytest.raises(ValueError, match=r"must end in \.pt2; got .*a\.so"):
         export(subject, tmp_path / "a.so", "aoti")
     with pytest.raises(ValueError, match="export the model for a fixed height and width"):
@@ -283,7 +339,10 @@ def test_the_page_shows_what_was_measured():
     page = Path(__file__).parents[2] / "docs" / "guides" / "export.md"
     assert table.filled(page) == page.read_text(encoding="utf-8")
     for row in table.read(page):
-        assert row["model"] in timm.list_models() and row["error"] <= TOLERANCE
+        assert row["model"] in vision_ssm.list_models() or load_config(row["model"]).model
+        assert row["error"] <= TOLERANCE
+    measured = {row["model"] for row in table.read(page) if row["to"] == "pt2"}
+    assert measured >= {*vision_ssm.list_models()}
 
 
 def test_figures_are_kept_beside_a_page(tmp_path):
@@ -292,12 +351,19 @@ def test_figures_are_kept_beside_a_page(tmp_path):
     page.write_text("before\n<!-- exported -->\n<!-- /exported -->\nafter\n")
     (tmp_path / "model.ts").write_bytes(bytes(2**20))
     for error in (2e-3, 1e-6):  # the second in place of the first
-        done = Exported(path=tmp_path / "model.ts", scans=2, nodes=99, error=error, checked=((1, 3, 32, 40),))
+        made = {"path": tmp_path / "model.ts", "scans": 2, "nodes": 99, "error": error}
+        done = Exported(**made, sides=None, checked=((1, 3, 32, 40),))
         table.record(page, subject, "torchscript", done)
     (row,) = table.read(page)
     assert row["model"] == "test_hydra" and row["error"] == 1e-6 and row["mib"] == 1.0
     (line,) = [line for line in page.read_text().splitlines() if line.startswith("| `test_hydra`")]
-    assert "| 2 | 99 | 1.0 | 1x3x32x40 | 1.0e-06 |" in line and page.read_text().endswith("after\n")
+    assert (
+        "| fixed |" in line
+        and "| 2 | 99 | 1.0 | 1x3x32x40 | 1.0e-06 |" in line
+        and page.read_text().endswith("after\n")
+    )
+    table.record(page, subject, "torchscript", dataclasses.replace(done, sides=(32, 64)))
+    assert "| torchscript | 32 to 64 |" in page.read_text() and len(table.read(page)) == 2  # both kinds of file
     (tmp_path / "other.md").write_text("no block")
     with pytest.raises(ValueError, match="no block <!-- exported -->"):
         table.record(tmp_path / "other.md", subject, "torchscript", done)

@@ -22,7 +22,7 @@ def pad_image(image: Tensor, in_channels: int, reductions: list[int], least: int
             f"the network takes images of shape (batch, {in_channels}, then {len(reductions)} sizes of at least 1); "
             f"got {shape}"
         )
-    cells = [-(-size // reduction) for size, reduction in zip(shape[2:], reductions)]  # noqa: B905 (no strict= in a script)
+    cells = [cells_of(size, reduction) for size, reduction in zip(shape[2:], reductions)]  # noqa: B905 (no strict= in a script)
     if max(cells) < least:
         cells[-1] = least
     pads: list[int] = []
@@ -34,5 +34,11 @@ def pad_image(image: Tensor, in_channels: int, reductions: list[int], least: int
 def crop_map(x: Tensor, sizes: list[int], reductions: list[int]) -> Tensor:
     """The cells of a map, (b, c, *grid), that lie on an image of these sizes; each is ``reductions`` of its cells."""
     for axis, (size, reduction) in enumerate(zip(sizes, reductions)):  # noqa: B905
-        x = x.narrow(axis + 2, 0, -(-size // reduction))
+        x = x.narrow(axis + 2, 0, cells_of(size, reduction))
     return x
+
+
+def cells_of(size: int, reduction: int) -> int:
+    """Cells that cover an axis of the image, the last one in part."""
+    # Not -(-size // reduction): where programs are exported to ONNX, a quotient of negative numbers is rounded up.
+    return (size + reduction - 1) // reduction

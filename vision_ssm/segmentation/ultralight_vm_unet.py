@@ -156,9 +156,11 @@ class ParallelMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x.permute(0, 2, 3, 1))
-        parts = torch.cat(x.chunk(self.parts, dim=-1))  # one after the other in the batch: the weights are the same
-        parts = self.mamba(parts) + self.scale * parts
-        return self.proj(self.norm(torch.cat(parts.chunk(self.parts), dim=-1))).permute(0, 3, 1, 2)
+        parts = x.unflatten(-1, (self.parts, -1)).movedim(-2, 0)
+        batch = parts.flatten(0, 1)  # one after the other in the batch: the weights are the same
+        batch = self.mamba(batch) + self.scale * batch
+        x = batch.unflatten(0, parts.shape[:2]).movedim(0, -2).flatten(-2)
+        return self.proj(self.norm(x)).permute(0, 3, 1, 2)
 
 
 class SpatialBridge(nn.Module):

@@ -31,6 +31,7 @@ class Exported:
         scans: operators of state-space models in the program, before they were decomposed.
         nodes: operators of the plain program.
         error: greatest difference from the model, relative to its largest output.
+        sides: least and greatest side of its images; None if it takes one size.
         checked: shapes of the inputs that it was measured on.
     """
 
@@ -38,6 +39,7 @@ class Exported:
     scans: int
     nodes: int
     error: float
+    sides: tuple[int, int] | None
     checked: tuple[tuple[int, ...], ...]
 
 
@@ -51,8 +53,8 @@ def export(subject: Subject, path: Path, to: str, sides: tuple[int, int] | None 
             ``subject.sizes``.
 
     Raises:
-        ValueError: unknown format, a file that ends otherwise, sides that are none, or a format or model that takes one
-            size only.
+        ValueError: unknown format, a file that ends otherwise, sides that are none or less than the model's least, or a
+            format or model that takes one size only.
         RuntimeError: the file does not compute what the model does.
         ImportError: a library that the format needs is not installed.
     """
@@ -62,6 +64,11 @@ def export(subject: Subject, path: Path, to: str, sides: tuple[int, int] | None 
         raise ValueError("a trace of TorchScript is for one size; export it with --fixed, or to pt2, aoti or onnx")
     if sides is not None and not 0 < sides[0] < sides[1]:
         raise ValueError(f"sides must be two, the least and a greater one; got {sides}")
+    if sides is not None and sides[0] < subject.least:
+        raise ValueError(
+            f"{subject.name} pads images below {subject.least} pixels by another rule, which a program for many sizes "
+            f"has not; let its sides begin at {subject.least}, or export it with --fixed; got {sides}"
+        )
     suffix, write, read = FORMATS[to]
     if path.suffix != suffix:
         raise ValueError(f"a file of the format {to} must end in {suffix}; got {path}")
@@ -87,6 +94,7 @@ def export(subject: Subject, path: Path, to: str, sides: tuple[int, int] | None 
         scans=sum(count for name, count in operators(traced).items() if name.startswith("vision_ssm")),
         nodes=operators(program).total(),
         error=max(errors),
+        sides=sides,
         checked=shapes,
     )
 

@@ -35,9 +35,15 @@ def trace(subject: Subject, sides: tuple[int, int] | None) -> ExportedProgram:
     low, high = sides
     axes = len(subject.sizes)
     shapes = {0: Dim.DYNAMIC(min=1), **{axis + 2: Dim.DYNAMIC(min=low, max=high) for axis in range(axes)}}
-    image = torch.zeros(2, subject.channels, *(min(max(side, low + 1), high) for side in EXAMPLE[:axes]))
+    image = torch.zeros(2, subject.channels, *(example(side, low, high) for side in EXAMPLE[:axes]))
     with torch.no_grad(), general_sizes():
         return torch.export.export(subject.net, (image,), dynamic_shapes=(shapes,), strict=False)
+
+
+def example(side: int, low: int, high: int) -> int:
+    """The side of the image that is traced: odd, since a network that pads to whole cells must be seen to pad."""
+    side = min(max(side, low + 1), high)
+    return side - 1 + side % 2
 
 
 def plain(program: ExportedProgram) -> ExportedProgram:

@@ -31,6 +31,8 @@ class Subject:
         classes: names of the outputs, or how many there are.
         mean, std: of each channel, with which images were normalised; empty if a config prepares them otherwise.
         weights: where they are from.
+        least: the smallest side that one program for many sizes is right for. A network that pads every image to whole
+            cells of its coarsest map pads one that is a single cell further, which is another program.
     """
 
     net: nn.Module
@@ -41,6 +43,7 @@ class Subject:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     weights: str
+    least: int = 1
 
 
 def backbone(name: str, checkpoint: Path | None, sizes: Sequence[int] = (), **options: Any) -> Subject:
@@ -83,7 +86,7 @@ def network(config: Config, checkpoint: Path | None, sizes: Sequence[int] = ()) 
     Raises:
         FileNotFoundError, ValueError: the file is missing, damaged or of another model, or there is no size.
     """
-    net = build(config.model).net
+    net: Any = build(config.model).net
     if checkpoint is None:
         stirred(net)
     else:
@@ -100,6 +103,7 @@ def network(config: Config, checkpoint: Path | None, sizes: Sequence[int] = ()) 
         sizes=sizes,
         classes=tuple(config.get("classes", ())),
         weights="random" if checkpoint is None else checkpoint.name,
+        least=max(net.reductions[-1]) + 1 if hasattr(net, "reductions") else 1,
     )
 
 

@@ -18,7 +18,7 @@ _BLOCK = re.compile(r"(?P<head><!-- exported -->\n).*?(?P<tail><!-- /exported --
 
 
 def record(document: Path, subject: Subject, to: str, done: Exported) -> None:
-    """Keeps a row in the .jsonl file beside ``document``, in place of one of the same model, and renders its table.
+    """Keeps a row in the .jsonl file beside ``document``, in place of one of the same kind, and renders its table.
 
     Raises:
         FileNotFoundError, ValueError: there is no such document, or it has no block to fill.
@@ -29,18 +29,24 @@ def record(document: Path, subject: Subject, to: str, done: Exported) -> None:
         "parameters": sum(parameter.numel() for parameter in subject.net.parameters()),
         "scans": done.scans,
         "operators": done.nodes,
+        "sides": done.sides,
         "mib": done.path.stat().st_size / 2**20,
         "checked": done.checked,
         "error": done.error,
         "torch": str(torch.__version__),
     }
     filled(document)
-    kept = [old for old in read(document) if (old["model"], old["to"]) != (row["model"], row["to"])]
-    rows = sorted([*kept, row], key=lambda each: (each["to"], each["model"]))
+    rows = [*(old for old in read(document) if _key(old) != _key(row)), row]
+    rows.sort(key=_key)
     lines = "".join(f"{json.dumps(each)}\n" for each in rows)
     write_atomically(rows_of(document), lambda partial: partial.write_text(lines))
     text = filled(document)
     write_atomically(document, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _key(row: Mapping[str, Any]) -> tuple[bool, str, str]:
+    """What a document holds one row of."""
+    return row["sides"] is not None, row["to"], row["model"]
 
 
 def rows_of(document: Path) -> Path:
@@ -68,13 +74,15 @@ def filled(document: Path) -> str:
 def render(rows: Iterable[Mapping[str, Any]]) -> str:
     """Markdown: a line for each row."""
     lines = [
-        "| model | format | parameters (M) | scans | operators | file, MiB | measured on | greatest error | torch |",
-        "|---|---|---:|---:|---:|---:|---|---:|---|",
+        "| model | format | sides | parameters (M) | scans | operators | file, MiB "
+        "| measured on | greatest error | torch |",
+        "|---|---|---|---:|---:|---:|---:|---|---:|---|",
     ]
     for row in rows:
         shapes = ", ".join("x".join(map(str, shape)) for shape in row["checked"])
+        sides = "fixed" if row["sides"] is None else "{} to {}".format(*row["sides"])
         lines.append(
-            f"| `{row['model']}` | {row['to']} | {row['parameters'] / 1e6:.2f} | {row['scans']} | {row['operators']} "
-            f"| {row['mib']:.1f} | {shapes} | {row['error']:.1e} | {row['torch']} |"
+            f"| `{row['model']}` | {row['to']} | {sides} | {row['parameters'] / 1e6:.2f} | {row['scans']} "
+            f"| {row['operators']} | {row['mib']:.1f} | {shapes} | {row['error']:.1e} | {row['torch']} |"
         )
     return "\n".join(lines)
