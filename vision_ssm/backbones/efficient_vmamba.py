@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vision_ssm.kernels import atrous
 from vision_ssm.layers import SS2D, RoutedScan
+from vision_ssm.layers.convolution import Conv2d
 from vision_ssm.layers.mixers import Mixer
 from vision_ssm.model_zoo.converters import efficient_vmamba as upstream
 
@@ -55,7 +56,7 @@ class EfficientBlock(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.mixer = make_mixer(dim)
         self.conv = nn.Sequential(
-            nn.Conv2d(dim, dim, 3, padding=1, groups=dim), nn.BatchNorm2d(dim), nn.GELU(), nn.Conv2d(dim, dim, 1)
+            Conv2d(dim, dim, 3, padding=1, groups=dim), nn.BatchNorm2d(dim), nn.GELU(), Conv2d(dim, dim, 1)
         )
         self.attention = ChannelAttention(dim)
         self.drop_path = DropPath(drop_path)

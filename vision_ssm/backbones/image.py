@@ -2,13 +2,15 @@
 
 import torch
 from timm.layers import register_notrace_module
-from torch import Tensor, nn
+from torch import Tensor
+
+from vision_ssm.layers.convolution import Conv2d
 
 __all__ = ["ImageConv2d"]
 
 
 @register_notrace_module
-class ImageConv2d(nn.Conv2d):
+class ImageConv2d(Conv2d):
     """``nn.Conv2d`` that checks the image first, unless it is being compiled, exported, traced or scripted.
 
     Raises:
@@ -18,7 +20,7 @@ class ImageConv2d(nn.Conv2d):
     def forward(self, image: Tensor) -> Tensor:
         if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
             self.check(image)
-        return self._conv_forward(image, self.weight, self.bias)
+        return self.convolve(image)
 
     @torch.jit.ignore
     def check(self, image: Tensor) -> None:

@@ -11,7 +11,7 @@ token.
 # Shapes: b batch, c channels, e inner channels, h w grid of patches, l = h w + 1 tokens.
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vision_ssm.layers import find_mixer
 from vision_ssm.layers.bidirectional import BothDirections
+from vision_ssm.layers.convolution import trains_compiled
 from vision_ssm.layers.mamba import Mamba
 from vision_ssm.layers.mixers import Mixer
 from vision_ssm.model_zoo.converters import vim as upstream
@@ -62,8 +63,20 @@ class Positions(nn.Module):
             return embedding  # a compiled program does not ask: it serves every size
         cls, cells = _take(embedding)
         wide = cells.to(torch.promote_types(cells.dtype, torch.float32)).unflatten(1, self.grid).permute(0, 3, 1, 2)
-        resampled = F.interpolate(wide, size=grid, mode="bicubic", antialias=True)
+        if not torch.jit.is_scripting() and trains_compiled():
+            resampled = _interpolate_by_matrices(wide, grid)
+        else:
+            resampled = F.interpolate(wide, size=grid, mode="bicubic", antialias=True)
         return _insert(cls, resampled.flatten(2).transpose(1, 2).to(cells.dtype))
+
+
+def _interpolate_by_matrices(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """``F.interpolate``, axis by axis: PyTorch cannot compile the gradient of its own for sizes that change."""
+    for axis, size in ((-1, grid[1]), (-2, grid[0])):
+        eye = torch.eye(x.shape[axis], dtype=x.dtype, device=x.device)[None, None]
+        matrix = F.interpolate(eye, size=[size, x.shape[axis]], mode="bicubic", antialias=True)[0, 0]
+        x = (x.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
+    return x
 
 
 class Vim(Plain):

@@ -21,6 +21,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vision_ssm.layers import SS2D
+from vision_ssm.layers.convolution import Conv2d
 from vision_ssm.layers.mixers import Mixer
 from vision_ssm.layers.mlp import LeanMlp
 from vision_ssm.model_zoo.converters import vmamba as upstream
@@ -37,14 +38,14 @@ def conv_stem(in_chans: int, dim: int) -> nn.Module:
         ImageConv2d(in_chans, dim // 2, 3, stride=2, padding=1),
         norm2d(dim // 2),
         nn.GELU(),
-        nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
+        Conv2d(dim // 2, dim, 3, stride=2, padding=1),
         norm2d(dim),
     )
 
 
 def conv_downsample(dim: int, out: int) -> nn.Module:
     """v2: a convolution of stride 2, odd sizes round up."""
-    return nn.Sequential(nn.Conv2d(dim, out, 3, stride=2, padding=1), norm2d(out))
+    return nn.Sequential(Conv2d(dim, out, 3, stride=2, padding=1), norm2d(out))
 
 
 class VSSBlock(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vision_ssm.kernels import Route
 
+from .convolution import Conv1d
 from .scan import RoutedScan
 
 
@@ -31,7 +32,7 @@ class Direction(nn.Module):
     def __init__(self, dim: int, *, state: int, rank: int, reverse: bool, taps: int = 4) -> None:
         super().__init__()
         self.pad = (0, taps - 1) if reverse else (taps - 1, 0)
-        self.conv = nn.Conv1d(dim, dim, taps, groups=dim)
+        self.conv = Conv1d(dim, dim, taps, groups=dim)
         self.scan = RoutedScan(dim, state=state, rank=rank, routes=(Route((0,), reverse=reverse),))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vision_ssm.kernels import ssd_scan
 
+from .convolution import Conv1d
 from .init import dt_bias_
 
 Combination = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -102,7 +103,7 @@ class Hydra(nn.Module):
         self.widths = [inner, inner + 4 * groups * state, 2 * heads]  # of the gate, of what is convolved, of Δ
         self.in_proj = nn.Linear(dim, sum(self.widths), bias=bias)
         convolved = self.widths[1]
-        self.conv = nn.Conv1d(convolved, convolved, taps, padding=taps // 2, groups=convolved)
+        self.conv = Conv1d(convolved, convolved, taps, padding=taps // 2, groups=convolved)
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))

@@ -12,9 +12,10 @@ from functools import partialmethod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolution import Conv1d, Conv2d, Conv3d
 from .mixers import Mixer, find_mixer
 
-CONVOLUTIONS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONVOLUTIONS: dict[int, Callable[..., nn.Module]] = {1: Conv1d, 2: Conv2d, 3: Conv3d}
 
 
 class SS(nn.Module):
