@@ -105,49 +105,32 @@ ELSEWHERE = {
 }
 """How lines begin that do not run here, and why."""
 
-GIVEN: dict[str, Callable[[Path], object]] = {}
-"""Files and folders that pages name and do not make, by name, and what makes them, small."""
 
-
-def given(*names: str) -> Callable[[Callable[[Path], object]], Callable[[Path], object]]:
-    def register(make: Callable[[Path], object]) -> Callable[[Path], object]:
-        GIVEN.update(dict.fromkeys(names, make))
-        return make
-
-    return register
-
-
-@given("vssm1_tiny_0230s_ckpt_epoch_264.pth")
 def official_file(path: Path) -> None:
     torch.save({"model": official("vmamba_tiny", classes=1000)}, path)
 
 
-@given("photos")
 def photos(folder: Path) -> None:
     folder.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(256, size=(64, 80, 3), dtype=np.uint8)).save(folder / "noise.png")
 
 
-@given("IN.nii.gz", "CASE.nii.gz")
 def volume(path: Path) -> None:
     image, _, affine = small_brain()
     save(path, image, affine)
 
 
-@given("CASES")
 def cases(folder: Path) -> None:
     for name in ("one", "two"):
         volume(folder / f"{name}.nii.gz")
 
 
-@given("TRUTH")
 def truth(folder: Path) -> None:
     _, label, affine = small_brain()
     for name in ("one", "two"):
         save(folder / f"{name}.nii.gz", label, affine)
 
 
-@given("SERIES")
 def series(folder: Path) -> None:
     """A slice of pydicom's, five times."""
     folder.mkdir()
@@ -158,41 +141,26 @@ def series(folder: Path) -> None:
         item.save_as(folder / f"{z}.dcm")
 
 
-@given("cine.nii.gz")
 def cine(path: Path) -> None:
     image, _, affine = small_brain()
     save(path, np.stack([image] * 3, axis=-1), affine)
 
 
-@given("IN.mp4")
 def video(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_video(path, torch.rand(10, 3, 24, 32) * 2 - 1, 5)
 
 
-@given("VIDEOS")
 def videos(folder: Path) -> None:
     for part in ("train", "test"):
         video(folder / part / "noise.mp4")
 
 
-@given("Task04_Hippocampus")
-def decathlon(folder: Path) -> None:
-    LAYOUTS["decathlon"](folder, *small_brain())
-
-
-@given("BraTS2021")
-def brats(folder: Path) -> None:
-    LAYOUTS["brats"](folder, *small_brain())
-
-
-@given("ACDC/database/training")
 def acdc(folder: Path) -> None:
     image, label, affine = small_brain()
     LAYOUTS["acdc"](folder, image[..., ::4], label[..., ::4], affine)
 
 
-@given("runs/brain")
 def stopped_run(folder: Path) -> None:
     """A run that was stopped in its third step. Its checkpoints have the names that the config's interval gives."""
     kept = "train_cfg.max_iters=3 default_hooks.checkpoint.interval=1 default_hooks.checkpoint.max_keep_ckpts=3"
@@ -203,14 +171,35 @@ def stopped_run(folder: Path) -> None:
     (folder / "iter_3.pth").unlink()
 
 
-@given("one.jsonl", "two.jsonl")
 def measured(path: Path) -> None:
-    """What a process measures, and the same as if there had been two."""
-    if not Path("one.jsonl").exists():
-        assert typed("vision-ssm scale measure one.jsonl --suite scale_smoke") == 0
-    if path.name == "two.jsonl":
-        rows = [replace(row, processes=2, batch=2 * row.batch) for row in read_rows(Path("one.jsonl"))]
-        path.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in rows))
+    assert typed(f"vision-ssm scale measure {path} --suite scale_smoke") == 0
+
+
+def measured_by_two(path: Path) -> None:
+    """What one process measured, as if there had been two."""
+    rows = [replace(row, processes=2, batch=2 * row.batch) for row in read_rows(Path("one.jsonl"))]
+    path.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in rows))
+
+
+GIVEN: dict[str, Callable[[Path], object]] = {
+    "ACDC/database/training": acdc,
+    "BraTS2021": lambda folder: LAYOUTS["brats"](folder, *small_brain()),
+    "CASE.nii.gz": volume,
+    "CASES": cases,
+    "IN.mp4": video,
+    "IN.nii.gz": volume,
+    "SERIES": series,
+    "TRUTH": truth,
+    "Task04_Hippocampus": lambda folder: LAYOUTS["decathlon"](folder, *small_brain()),
+    "VIDEOS": videos,
+    "cine.nii.gz": cine,
+    "one.jsonl": measured,
+    "photos": photos,
+    "runs/brain": stopped_run,
+    "two.jsonl": measured_by_two,
+    "vssm1_tiny_0230s_ckpt_epoch_264.pth": official_file,
+}
+"""Files and folders that pages name and do not make, and what makes them, small; in the order of their names."""
 
 
 def typed(line: str) -> int:
@@ -220,9 +209,6 @@ def typed(line: str) -> int:
         return cli.main(arguments)
     command = [Path(sys.executable).with_name(program), *arguments]
     return subprocess.run(command, env={**os.environ, "PET_STANDALONE": "1"}, check=False, timeout=400).returncode
-
-
-OUTPUT = re.compile(r"--(?:out|figure|work-dir) (\S+)")
 
 
 def shortened(line: str) -> str:
@@ -241,6 +227,9 @@ def run_doctest(block: Block, page: Path, names: dict[str, object]) -> None:
     example = doctest.DocTestParser().get_doctest(block.code, names, page.stem, str(page), block.line)
     doctest.DebugRunner().run(example, clear_globs=False)
     names.update(example.globs)
+
+
+OUTPUT = re.compile(r"--(?:out|figure|work-dir) (\S+)")
 
 
 def run_shell(block: Block, page: Path, names: dict[str, object]) -> None:
@@ -281,7 +270,7 @@ def parameter(page: Path) -> object:
 @pytest.mark.parametrize("page", [parameter(page) for page in PAGES if what_runs(page)])
 def test_blocks_run_in_their_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in named(page) & GIVEN.keys():
+    for name in sorted(named(page) & GIVEN.keys()):
         GIVEN[name](Path(name))
     names: dict[str, object] = {"__name__": "page"}
     for block in what_runs(page):
@@ -339,7 +328,10 @@ def test_every_language_is_run_or_only_shown() -> None:
 
 @pytest.mark.parametrize("beginning", [*ELSEWHERE, *SHORTER], ids=str)
 def test_tables_hold_nothing_that_no_page_has(beginning: str) -> None:
+    """Nor name a test that is not there."""
     assert any(line.startswith(beginning) and runs_here(line) == (beginning in SHORTER) for line in EVERY_LINE)
+    tests = re.findall(r"tests/\S+\.py", ELSEWHERE.get(beginning, ""))
+    assert [test for test in tests if not (ROOT / test).is_file()] == []
 
 
 @pytest.mark.parametrize("name", GIVEN)
