@@ -310,22 +310,32 @@ def direction(low_s, u, cell_m, w, shift, decay, h, RANK: gl.constexpr, REVERSE:
     return hs * c[:, None], h
 
 
+@gluon.constexpr_function
+def greatest(dtype):
+    """The greatest number of a half-precision dtype."""
+    return 65504.0 if str(dtype) in ("fp16", "torch.float16") else 3.3895313892515355e38
+
+
 @gluon.jit
 def store_output(
-    partial, y, old, cell, pitch, left, out, ADD: gl.constexpr, LAST: gl.constexpr, W: gl.constexpr
+    y, rest, old, cell, pitch, left, out, ADD: gl.constexpr, LAST: gl.constexpr, W: gl.constexpr
 ):  # fmt: skip
-    """Writes a block's outputs, with the ``old`` ones if ADD, to y if LAST, else to ``partial``."""
+    """Writes a block's outputs, with the ``old`` ones if ADD, to y; unless LAST, what y's dtype leaves to ``rest``."""
     Y: gl.constexpr = by_rows(out.shape[1], 4, W)
+    half: gl.constexpr = y.dtype.element_ty
     out = gl.convert_layout(out, Y)
     if ADD:
-        out += old.load(Y)
+        out += old[0].load(Y).to(gl.float32)
+        out += old[1].load(Y).to(gl.float32)
     o_c = gl.arange(0, out.shape[1], gl.SliceLayout(0, Y))
     mask = (cell >= 0)[:, None] & (o_c < left)[None, :]
     o_y = (cell * pitch)[:, None] + o_c[None, :]
     if LAST:
-        gl.store(y + o_y, out.to(y.dtype.element_ty), mask)
+        gl.store(y + o_y, out.to(half), mask)
     else:
-        gl.store(partial + o_y, out, mask)
+        kept = gl.minimum(gl.maximum(out, -greatest(half)), greatest(half)).to(half)
+        gl.store(y + o_y, kept, mask)
+        gl.store(rest + o_y, (out - kept.to(gl.float32)).to(half), mask)
 
 
 @gluon.jit

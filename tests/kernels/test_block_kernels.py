@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vision_ssm.kernels import ATROUS, BIDIRECTIONAL, CROSS, ROW
+from vision_ssm.kernels import ATROUS, AXIAL_3D, BIDIRECTIONAL, CROSS, ROW
 
 pytest.importorskip("triton")
 from vision_ssm.kernels.routed_scan import gpu_blocks
@@ -54,7 +54,8 @@ def launch(self, *tensors):
     [
         pytest.param(Case(2, (5, 7), 96, 1, 6, CROSS), torch.float16, 1, 2**30, id="pairs"),
         pytest.param(Case(1, (12, 11), 64, 1, 12, CROSS), torch.bfloat16, 8, 2**30, id="pairs, cut"),
-        pytest.param(Case(3, (12, 11), 8, 1, 2, CROSS), torch.float16, 8, 2**13, id="pairs, cut, sample by sample"),
+        pytest.param(Case(1, (2, 3, 4), 8, 1, 2, AXIAL_3D), torch.float16, 1, 2**30, id="three pairs"),
+        pytest.param(Case(1, (6, 8, 6), 8, 1, 2, AXIAL_3D), torch.bfloat16, 1, 2**30, id="three pairs, many blocks"),
         pytest.param(Case(2, (6, 4), 40, 1, 2, BIDIRECTIONAL), torch.float16, 1, 2**30, id="one pair, ragged channels"),
         pytest.param(Case(10, (3, 3), 8, 1, 2, CROSS), torch.float16, 1, 2**10, id="in parts"),
         pytest.param(Case(1, (2, 4), 8, 1, 4, ATROUS, shared=True), torch.float16, 1, 2**30, id="shared columns"),
@@ -81,3 +82,18 @@ def test_values_and_gradients(case, dtype, units, scratch, monkeypatch):
     tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     for found, wanted in zip((y, *grads), (expected, *torch.autograd.grad(expected, leaves, dy.double())), strict=True):
         assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize("grid", [(3, 4), (17, 16)], ids=["small", "many blocks"])
+def test_a_sum_may_leave_half_precision_on_its_way(grid, monkeypatch):
+    """Of two pairs, the first alone is beyond float16's greatest number; one that is infinite remains so."""
+    monkeypatch.setattr(gpu_blocks, "multiprocessors", lambda device: 1)
+    inputs = make_inputs(Case(1, grid, 8, 1, 2, CROSS), torch.float16, CPU)
+    first, second = gpu_blocks.pairs(CROSS, grid)
+    inputs["x"] = torch.ones_like(inputs["x"])
+    inputs["D"][list(first)], inputs["D"][list(second)] = 40_000.0, -30_000.0
+    inputs["D"][:, 1] = torch.inf
+    y = gpu_blocks.forward(*inputs.values(), CROSS)
+    assert y[..., 1].isinf().all()
+    others = torch.cat((y[..., :1], y[..., 2:]), dim=-1).float()
+    assert ((others - 20_000).abs() < 500).all()
