@@ -78,7 +78,7 @@ def test_mixing_matrix(name, combine, golden_file):
     layer, arrays = golden(golden_file, name)
     layer.combine = COMBINATIONS[combine]
     _, convolved, dt = layer.in_proj(arrays["x"]).split(layer.widths, dim=-1)
-    convolved = torch.nn.functional.silu(layer.conv(convolved.transpose(1, 2)).transpose(1, 2))
+    convolved = torch.nn.functional.silu(layer.conv(convolved))
     mixed = layer.mix(convolved, dt)
 
     ahead, back, diagonal = matrices(arrays)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vision_ssm.kernels import Route
 
-from .convolution import Conv1d
 from .scan import RoutedScan
+from .token_convolution import TokenConvolution
 
 
 class Direction(nn.Module):
@@ -31,13 +31,12 @@ class Direction(nn.Module):
 
     def __init__(self, dim: int, *, state: int, rank: int, reverse: bool, taps: int = 4) -> None:
         super().__init__()
-        self.pad = (0, taps - 1) if reverse else (taps - 1, 0)
-        self.conv = Conv1d(dim, dim, taps, groups=dim)
+        before, after = (0, taps - 1) if reverse else (taps - 1, 0)
+        self.conv = TokenConvolution(dim, before=before, after=after)
         self.scan = RoutedScan(dim, state=state, rank=rank, routes=(Route((0,), reverse=reverse),))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(F.pad(x.transpose(1, 2), self.pad)).transpose(1, 2)
-        return self.scan(F.silu(x))
+        return self.scan(F.silu(self.conv(x)))
 
 
 class BothDirections(nn.Module):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from vision_ssm.kernels import ssd_scan
 
-from .convolution import Conv1d
 from .init import dt_bias_
+from .token_convolution import TokenConvolution
 
 Combination = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -103,7 +103,7 @@ class Hydra(nn.Module):
         self.widths = [inner, inner + 4 * groups * state, 2 * heads]  # of the gate, of what is convolved, of Δ
         self.in_proj = nn.Linear(dim, sum(self.widths), bias=bias)
         convolved = self.widths[1]
-        self.conv = Conv1d(convolved, convolved, taps, padding=taps // 2, groups=convolved)
+        self.conv = TokenConvolution(convolved, before=taps // 2, after=taps // 2)
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
@@ -124,7 +124,7 @@ class Hydra(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z, convolved, dt = self.in_proj(x).split(self.widths, dim=-1)
-        convolved = F.silu(self.conv(convolved.transpose(1, 2)).transpose(1, 2))
+        convolved = F.silu(self.conv(convolved))
         y = self.mix(convolved, dt).flatten(2)
         gate = F.silu(z)
         return self.out_proj(self.norm(y) * (gate.repeat(1, 1, 2) if y.shape[-1] > gate.shape[-1] else gate))
