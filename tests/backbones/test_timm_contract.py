@@ -12,12 +12,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import get_notrace_functions, get_notrace_modules, group_parameters
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.testing import assert_close
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from vision_ssm.backbones import FAMILIES
+from vision_ssm.layers.convolution import Conv1d, Conv2d, Conv3d
 
 MODELS = sorted(name for family in FAMILIES for name in timm.list_models(module=family))
 SMALLEST = [name for name in MODELS if name.startswith("test_")]
@@ -315,6 +317,12 @@ def test_compiles_once_for_all_sizes(name):
             x = torch.randn(1, 3, *size)
             assert_close(compiled(x), model(x))
     assert counter.frame_count == 1
+
+
+@smallest
+def test_convolutions_are_those_that_train_compiled(name):
+    convolutions = [m for m in on_meta(name).modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    assert convolutions and all(isinstance(m, (Conv1d, Conv2d, Conv3d)) for m in convolutions)
 
 
 @smallest

@@ -73,7 +73,11 @@ class EfficientBlock(nn.Module):
 def conv_block(dim: int, *, drop_path: float) -> nn.Module:
     """timm's inverted residual with squeeze and excitation; (b, c, h, w) -> (b, c, h, w)."""
     excite: Any = partial(SqueezeExcite, rd_ratio=1 / 8)
-    return InvertedResidual(dim, dim, exp_ratio=4.0, se_layer=excite, drop_path_rate=drop_path)
+    block = InvertedResidual(dim, dim, exp_ratio=4.0, se_layer=excite, drop_path_rate=drop_path)
+    for module in block.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = Conv2d  # timm makes them, and takes no class of ours
+    return block
 
 
 class EfficientVMamba(Hierarchy):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "trains_compiled"]
 
@@ -42,8 +43,9 @@ def _grid_after(
     schema=f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
 )
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, grid: Sequence[int], *window: Any) -> Tensor:
-    *spacing, groups = window
-    return _cells(torch.convolution(_map(x, grid), weight, bias, *spacing, False, [0] * len(grid), groups))
+    stride, padding, dilation, groups = window
+    maps = _map(x, grid)
+    return _cells(torch.convolution(maps, weight, bias, stride, padding, dilation, False, [0] * len(grid), groups))
 
 
 @_forward.register_fake
@@ -101,15 +103,16 @@ def trains_compiled() -> bool:
     )
 
 
-class _Convolution(nn.Module):
+class _Convolution(_ConvNd):
     """What the three classes below add to PyTorch's."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.convolve(x)
 
     def convolve(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting() or x.device.type != "cpu" or not trains_compiled():
+        if torch.jit.is_scripting() or not trains_compiled() or x.device.type != "cpu" or self.padding_mode != "zeros":
             return self._conv_forward(x, self.weight, self.bias)
+        assert not isinstance(self.padding, str)
         tensors = [x.flatten(2).transpose(1, 2), self.weight, self.bias]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -121,14 +124,14 @@ class _Convolution(nn.Module):
 
 @register_notrace_module
 class Conv1d(_Convolution, nn.Conv1d):
-    """``nn.Conv1d`` of zeros around the tokens, padding given as numbers."""
+    """``nn.Conv1d`` with padding given as numbers."""
 
 
 @register_notrace_module
 class Conv2d(_Convolution, nn.Conv2d):
-    """``nn.Conv2d`` of zeros around the map, padding given as numbers."""
+    """``nn.Conv2d`` with padding given as numbers."""
 
 
 @register_notrace_module
 class Conv3d(_Convolution, nn.Conv3d):
-    """``nn.Conv3d`` of zeros around the volume, padding given as numbers."""
+    """``nn.Conv3d`` with padding given as numbers."""
