@@ -90,7 +90,8 @@ def test_a_target_is_met_or_missed(
     monkeypatch.setattr(generated, "TARGETS", dict.fromkeys(generated.TARGETS, limit))
     rows = generated.table_of_targets().splitlines()[2:-1]
     assert len(rows) == len(generated.TARGETS)
-    monkeypatch.setattr(generated, "IMAGES_PER_S", 1 / limit)
-    monkeypatch.setattr(generated, "TIMES_SWIN", limit)
+    monkeypatch.setattr(generated, "IMAGES_PER_S", dict.fromkeys(generated.IMAGES_PER_S, 1 / limit))
+    monkeypatch.setattr(generated, "TRAINING_MIB", limit)
+    monkeypatch.setattr(generated, "TIMES_SWIN", dict.fromkeys(generated.TIMES_SWIN, limit))
     rows += generated.table_of_model_targets().splitlines()[2:]
     assert all(row.rstrip("| ").split(" | ")[-1].startswith(verdict) for row in rows)
