@@ -229,7 +229,8 @@ def index_table(routes: Routes, grid: tuple[int, ...], device: torch.device) -> 
         ValueError: the routes visit different numbers of cells (an atrous scan of an odd map).
     """
     check_routes(routes, grid)
-    return torch.stack([route.index(grid) for route in routes]).to(device)
+    with torch.inference_mode(False):  # what is made in that mode is of no use to a later gradient
+        return torch.stack([route.index(grid) for route in routes]).to(device)
 
 
 def disjoint(routes: Routes) -> bool:

@@ -282,6 +282,13 @@ def test_what_autograd_adds_needs_no_map_of_its_own(grid, device):
     assert [grad.shape for grad in grads] == [m.shape for m in inputs]
 
 
+def test_an_order_first_asked_for_in_inference_serves_gradients():
+    index_table.cache_clear()
+    with torch.inference_mode():
+        index_table(CROSS, (3, 2), torch.device("cpu"))
+    run(reference, make_inputs(Case(1, (3, 2), 2, 1, 1), torch.float64, "cpu"), CROSS)
+
+
 def test_autocast_does_not_reach_the_scan():
     inputs = make_inputs(CASES["prime_grid"], torch.float32, "cpu")
     plain = run(routed_scan, inputs, CROSS)

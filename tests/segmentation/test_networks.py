@@ -188,7 +188,7 @@ def test_script_save(network, image):
 @pytest.mark.slow
 def test_compiles(network, image):
     torch.compiler.reset()  # what other tests compiled of the same code would make this one compile for any size
-    net = network().eval()
+    net, image = network().double().eval(), image.double()
     with torch.no_grad():
         assert_close(torch.compile(net, backend="eager", fullgraph=True)(image), net(image))
 
