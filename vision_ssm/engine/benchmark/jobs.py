@@ -42,7 +42,9 @@ __all__ = [
     "OperatorJob",
     "captured",
     "create",
+    "infer",
     "torch_name",
+    "train_step",
 ]
 
 FORWARD, BOTH = "forward", "forward+backward"
@@ -191,7 +193,7 @@ class ModelJob:
             for model in models.values():
                 model.compile(mode=mode)
         images = torch.randn(self.batch, 3, self.size, self.size, device=device).to(memory_format=self.layout)
-        for direction, step in ((FORWARD, _infer), (BOTH, _train_step)):
+        for direction, step in ((FORWARD, infer), (BOTH, train_step)):
             for model in models.values():
                 model.train(direction == BOTH)
             work = {name: partial(step, model, images, self.autocast) for name, model in models.items()}
@@ -244,17 +246,18 @@ def create(name: str, size: int, **options: Any) -> nn.Module:
     return timm.create_model(name, **told, **options)
 
 
-def _infer(model: nn.Module, images: Tensor, autocast: torch.dtype | None) -> None:
+def infer(model: nn.Module, images: Tensor, autocast: torch.dtype | None) -> None:
     with torch.inference_mode(), torch.autocast(images.device.type, autocast, enabled=autocast is not None):
         model(images)
 
 
-def _train_step(model: nn.Module, images: Tensor, autocast: torch.dtype | None) -> None:
-    """Forward and backward of the cross entropy, without an optimizer."""
+def train_step(model: nn.Module, images: Tensor, autocast: torch.dtype | None) -> None:
+    """Forward and backward of the cross entropy, of each image or each of its cells, without an optimizer."""
     model.zero_grad()
-    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
     with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
-        loss = F.cross_entropy(model(images), labels)
+        logits = model(images)
+        labels = torch.zeros(len(images), *logits.shape[2:], dtype=torch.long, device=images.device)
+        loss = F.cross_entropy(logits, labels)
     loss.backward()
 
 
