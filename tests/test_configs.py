@@ -86,6 +86,36 @@ def test_a_misspelt_key_in_a_file_is_named(tmp_path):
         load_config(str(file))
 
 
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        (UNET, "model.net.out_channels=5", r"has 7 classes \(background, hippocampus, .*out_channels is for 5,"),
+        ("medical/deep_grey_basic_unet", "model.net.out_channels=2", "model.net.out_channels is for 2,"),
+        ("medical/brats_umamba", "prepare.0.classes=5", r"has 4 classes .*; change prepare\.0\.classes, or classes"),
+        ("medical/acdc_umamba", "test_evaluator.1.structures=('a',)", "test_evaluator.1.structures is for 2,"),
+        (
+            "medical/synapse_umamba",
+            "classes=('a', 'b')",
+            r"has 3 classes \(background, a, b\), but model\.net\.out_channels is for 9, "
+            r"train_dataloader\.dataset\.items\.classes is for 9, ",
+        ),
+        ("video/acdc_cine_unet", "model.net.net.out_channels=6", "model.net.net.out_channels is for 6,"),
+    ],
+)
+def test_classes_that_do_not_fit_the_network_are_named(name, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(name, [override])
+
+
+def test_outputs_that_a_network_has_by_default_are_counted(tmp_path):
+    file = tmp_path / "mine.py"
+    config = load_config("medical/deep_grey_basic_unet")
+    del config.model.net["out_channels"]
+    config.dump(file)
+    with pytest.raises(ValueError, match=r"model\.net\.out_channels is for 2,"):
+        load_config(str(file))
+
+
 def test_a_dumped_config_builds_the_same(tmp_path):
     config = load_config(UNET)
     config.dump(tmp_path / "dumped.py")

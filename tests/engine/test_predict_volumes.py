@@ -454,6 +454,16 @@ def test_another_number_of_channels_is_refused(tmp_path):
         predict_file(predictor, image, tmp_path / "out.nii")
 
 
+def test_a_network_of_other_classes_is_refused(tmp_path):
+    """One that says nothing of them before it is run."""
+    config = load_config(BANDS)
+    task = build(config.model).eval()
+    task.net = torch.nn.Sequential(task.net, torch.nn.Conv3d(3, 5, 1))
+    image = save(tmp_path / "in.nii", image_of(truth()))
+    with pytest.raises(ValueError, match=r"gives 5 classes, the config has 3 \(background, low, high\); change"):
+        predict_file(Predictor(config, task), image, tmp_path / "out.nii")
+
+
 def test_output_that_is_not_finite_is_refused(tmp_path):
     config = load_config(BANDS)
     task = build(config.model).eval()

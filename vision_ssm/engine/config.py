@@ -75,7 +75,8 @@ def load_config(name: str, overrides: Sequence[str] = (), *, safe: bool = False)
 
     Raises:
         FileNotFoundError: neither a file nor a name.
-        ValueError: an override has no ``=``, a key is unknown, or ``safe`` does not accept it.
+        ValueError: an override has no ``=``, a key is unknown, the classes do not fit the network, its labels or its
+            metrics, or ``safe`` does not accept it.
     """
     config = Config.fromfile(named_config(name) if safe else find_config(name))
     changes = dict(parse_override(override) for override in overrides)
@@ -92,6 +93,7 @@ def load_config(name: str, overrides: Sequence[str] = (), *, safe: bool = False)
             if "root" in node and node["root"] == written:
                 node["root"] = changes["data_root"]
     check_keys(config)
+    check_classes(config)
     return config
 
 
@@ -210,6 +212,51 @@ def check_keys(config: Config) -> None:
         unknown = [key for key in node if accepted and key not in accepted | INJECTED_KEYS]
         if unknown:
             raise unknown_key(unknown[0], path, accepted)
+
+
+def check_classes(config: Config) -> None:
+    """Raises ValueError unless the network's ``out_channels``, the labels and the metrics have the config's classes.
+
+    A network for segmentation has an output for each of ``classes`` and one for background, which they do not name.
+    """
+    entries = settings(config)
+    if "classes" not in entries:
+        return
+    nodes = list(described(entries, ""))
+    counts = {f"{path}.out_channels": outputs(node) for path, node in nodes if re.fullmatch(r"model(\.net)+", path)}
+    if not any(counts.values()):
+        return
+    for path, node in nodes:
+        if not path.startswith("model"):
+            counts |= {f"{path}.classes": label_values(node), f"{path}.structures": structures(node)}
+    expected = len(entries["classes"]) + 1
+    if wrong := {place: count for place, count in counts.items() if count not in (None, expected)}:
+        found = ", ".join(f"{place} is for {count}" for place, count in wrong.items())
+        raise ValueError(
+            f"the config has {expected} classes (background, {', '.join(entries['classes'])}), but {found}, background "
+            f"included; change {' and '.join(wrong)}, or classes"
+        )
+
+
+def outputs(node: Mapping[str, Any]) -> int | None:
+    """The ``out_channels`` of a described network, its default if none are given; None if it takes no such argument."""
+    if "out_channels" in node or "out_channels" not in parameters(node["type"]):
+        return node.get("out_channels")
+    default = inspect.signature(resolve(node["type"])).parameters["out_channels"].default
+    return default if isinstance(default, int) else None
+
+
+def label_values(node: Mapping[str, Any]) -> int | None:
+    """How many classes, with background, what reads label maps tells apart; None if it reads none."""
+    values = node.get("classes")
+    if isinstance(values, (list, tuple)) and not any(isinstance(one, str) for one in values):
+        return len(values)
+    return values if isinstance(values, int) else None
+
+
+def structures(node: Mapping[str, Any]) -> int | None:
+    """How many classes, with background, a metric expects; None if it is of something else."""
+    return len(node["structures"]) + 1 if "structures" in node else None
 
 
 def settings(config: Config) -> dict[str, Any]:

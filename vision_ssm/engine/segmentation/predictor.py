@@ -85,8 +85,8 @@ class Predictor:
             images: NIfTI files, one for each channel; or one that holds all of them.
 
         Raises:
-            FileNotFoundError, ValueError: as the config's ``prepare``; the network takes another number of channels, or
-                its output is not finite.
+            FileNotFoundError, ValueError: as the config's ``prepare``; the network takes another number of channels, has
+                other classes, or its output is not finite.
         """
         paths = [str(path) for path in images]
         item = prepared(self.prepare, {"image": paths[0] if len(paths) == 1 else paths})
@@ -97,6 +97,11 @@ class Predictor:
                 f"{self.channels}; give all channels of a case, or use the config of these images"
             )
         chances = self.averaged(image.as_tensor()[None].to(device()))[0].float().cpu()
+        if len(chances) != len(self.classes) + 1:
+            raise ValueError(
+                f"the network gives {len(chances)} classes, the config has {len(self.classes) + 1} (background, "
+                f"{', '.join(self.classes)}); change the outputs of model.net, or classes"
+            )
         if not chances.isfinite().all():
             raise ValueError(f"the network's output for {' '.join(paths)} is not finite; check its weights")
         item["label"] = MetaTensor(chances, affine=image.affine, applied_operations=image.applied_operations)
