@@ -85,8 +85,8 @@ class Predictor:
             images: NIfTI files, one for each channel; or one that holds all of them.
 
         Raises:
-            FileNotFoundError, ValueError: as the config's ``prepare``; the network takes another number of channels, has
-                other classes, or its output is not finite.
+            FileNotFoundError, ValueError: as the config's ``prepare``; the network takes another number of channels
+                or gives other classes, or its output is not finite.
         """
         paths = [str(path) for path in images]
         item = prepared(self.prepare, {"image": paths[0] if len(paths) == 1 else paths})
