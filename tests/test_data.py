@@ -129,6 +129,12 @@ def test_voxels_that_are_no_numbers_are_refused(tmp_path, bad):
         read_volume(save(tmp_path / "bad.nii.gz", voxels))
 
 
+@pytest.mark.filterwarnings("error")
+def test_numbers_beyond_float32_are_infinite_voxels(tmp_path):
+    with pytest.raises(ValueError, match="27 NaN or infinite voxels of 27"):
+        read_volume(save(tmp_path / "huge.nii", np.full((3, 3, 3), 1e300)))
+
+
 @pytest.mark.parametrize("shape", [(2,), (2, 4), (2, 2, 2, 3)], ids=str)
 def test_other_dimensions_are_refused(tmp_path, shape):
     with pytest.raises(ValueError, match=re.escape(f"{len(shape)} dimensions {shape}")):
@@ -146,6 +152,20 @@ def test_image_and_label_must_share_a_grid(pair, tmp_path):
     moved[0, 3] = 5.0
     pair["label"] = save(tmp_path / "moved.nii.gz", np.zeros((6, 5, 4), np.uint8), moved)
     with pytest.raises(ValueError, match="different grids"):
+        LoadVolumed(classes=3)(pair)
+
+
+def test_labels_that_a_header_scales_are_whole_again(pair):
+    """As nibabel writes a map of floating point numbers as integers."""
+    label = read_volume(pair["label"])[0]
+    image = nibabel.Nifti1Image(label.astype(np.float64), AFFINE)
+    image.set_data_dtype(np.int16)
+    nibabel.save(image, pair["label"])
+    scaled = read_volume(pair["label"])[0]
+    assert not np.array_equal(scaled, label)
+    assert np.array_equal(LoadVolumed(classes=3)(pair)["label"][0].numpy(), label)
+    save(pair["label"], scaled + 0.01)
+    with pytest.raises(ValueError, match=r"outside the classes 0 to 2: 0\.01"):
         LoadVolumed(classes=3)(pair)
 
 

@@ -130,6 +130,13 @@ def test_labels_lie_on_the_very_grid_of_an_oblique_volume(predictor, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("shape", [(*SHAPE, 1), (*SHAPE, 1, 1)], ids=str)
+def test_a_volume_with_further_axes_of_one_place_is_labelled(predictor, tmp_path, shape):
+    image = save(tmp_path / "IN.NII.GZ", image_of(truth()).reshape(shape))
+    assert [case.name for case in find_cases(tmp_path)] == ["IN"]
+    assert (labels_in(predict_file(predictor, image, tmp_path / "out.nii.gz").labels) == truth()).all()
+
+
 def test_volumes_are_in_millilitres(predictor, tmp_path):
     labels = np.zeros((10, 10, 10), np.uint8)
     labels[2:7, 2:6, 2:4] = 2  # 40 voxels of 3 x 2 x 5 mm
@@ -259,10 +266,43 @@ def test_a_missing_slice_is_noticed(tmp_path):
 
 def test_a_series_without_spacing_is_refused(tmp_path):
     series = save_series(tmp_path / "series", truth(), spacing=(0, 1, 1))
-    with pytest.raises(ValueError, match=r"spacing of zero: \[0\.0, 1\.0, 1\.0\] mm"):
+    with pytest.raises(ValueError, match=r"spacing of zero or less: \[0\.0, 1\.0, 1\.0\] mm"):
         read_series(series)
     with pytest.raises(FileNotFoundError, match="no DICOM file"):
         read_series(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"PixelSpacing": [-1, 1]}, r"spacing of zero or less: \[1\.0, -1\.0, 3\.0\] mm"),
+        ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "no two directions at right angles"),
+    ],
+)
+def test_a_series_on_no_grid_is_refused(tmp_path, fields, message):
+    series = save_series(tmp_path / "series", truth())
+    for path in series.iterdir():
+        item = pydicom.dcmread(path)
+        item.update(fields)
+        item.save_as(path)
+    with pytest.raises(ValueError, match=message):
+        read_series(series)
+
+
+@pytest.mark.parametrize("name", ["{}", "1.2.3.{}", "{}.DCM", "{}.ima"])
+def test_a_damaged_outer_slice_is_not_left_out_whatever_it_is_called(tmp_path, name):
+    """Without it, the others would be a volume too."""
+    series = save_series(tmp_path / "series", truth())
+    (series / "DICOMDIR").write_bytes(b"")
+    (series / "series.json").write_text("{}")
+    for path in series.glob("*.dcm"):
+        z = round((100 - pydicom.dcmread(path).ImagePositionPatient[2]) / 3)
+        path.rename(series / name.format(z))
+    assert read_series(series)[0].shape == SHAPE
+    last = series / name.format(SHAPE[2] - 1)
+    last.write_bytes(last.read_bytes()[:100])
+    with pytest.raises(ValueError, match="truncated or no DICOM file"):
+        read_series(series)
 
 
 def test_a_folder_of_cases_is_labelled_and_the_finished_are_kept(predictor, folder, tmp_path):
@@ -438,6 +478,9 @@ def test_what_cannot_be_predicted_is_one_line(bands, folder, tmp_path, capsys):
     assert "must end in .nii" in refused(capsys, *command, image, tmp_path / "out.png")
     assert "cannot write to" in refused(capsys, *command, folder, bands / "out")
     assert "cannot write to /proc" in refused(capsys, *command, image, "/proc/out.nii.gz")
+    slices = tmp_path / "series"
+    save_series(slices, truth())
+    assert "give the folder that holds them all" in refused(capsys, *command, slices / "000.dcm", tmp_path / "out.nii")
     assert "axes x, y and z" in refused(capsys, *command, image, tmp_path / "out.nii", "--flips", "up")
     save(tmp_path / "out.nii", np.zeros((2, 2, 2)))
     assert "--overwrite" in refused(capsys, *command, image, tmp_path / "out.nii")

@@ -13,6 +13,7 @@ from pydicom.pixels.processing import apply_modality_lut
 __all__ = ["read_series", "series_files"]
 
 UNEVEN = 0.05  # of the step between slices; rounded positions differ by far less, a missing slice by 1
+SKEW = 0.01  # from 1, of the length of the normal; rounded directions differ by far less
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM counts millimetres to the left and back, NIfTI to the right and front
 PLACE = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}  # and how many numbers each has
 NEEDED = ("PixelData", "Rows", "Columns", "SeriesInstanceUID", *PLACE)
@@ -30,9 +31,18 @@ DAMAGED = (
 
 
 def series_files(folder: Path) -> list[Path]:
-    """DICOM files directly in a folder; a file called .dcm counts even if it is damaged."""
-    files = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
-    return [path for path in files if path.suffix == ".dcm" or (path.name != "DICOMDIR" and is_dicom(path))]
+    """DICOM files directly in a folder; one that is called like the others, or .dcm, counts even if it is damaged."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in files if path.name != "DICOMDIR"]
+    readable = {path for path in files if is_dicom(path)}
+    endings = {".dcm", *map(ending, readable)}
+    return [path for path in files if ending(path) in endings]
+
+
+def ending(path: Path) -> str:
+    """A file's suffix; none if it is a number, as of a file called by its UID."""
+    suffix = path.suffix.lower()
+    return "" if suffix[1:].isdecimal() else suffix
 
 
 def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +51,8 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         FileNotFoundError: the folder has no DICOM file.
         ValueError: a file is damaged or no single grey slice with a place in space; the files are of several series;
-            slices differ in size, direction or spacing, are at one position, or one is missing between others.
+            slices differ in size, direction or spacing, are at one position, or one is missing between others;
+            directions are not at right angles, or a spacing is not positive.
     """
     files = series_files(folder)
     if not files:
@@ -57,6 +68,11 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"the slices in {folder} differ in {name}: {sorted(kinds)}; keep those of one image")
     along_row, down_column = np.reshape([float(value) for value in first.ImageOrientationPatient], (2, 3))
     normal = np.cross(along_row, down_column)
+    if abs(np.linalg.norm(normal) - 1) > SKEW:
+        raise ValueError(
+            f"the slices in {folder} have the ImageOrientationPatient {[*first.ImageOrientationPatient]}, which is no "
+            "two directions at right angles; export the series again"
+        )
     slices.sort(key=lambda item: float(np.dot(position(item), normal)))
     between_rows, between_columns = (float(value) for value in first.PixelSpacing)
 
@@ -65,11 +81,9 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     affine[:3, 1] = down_column * between_rows
     affine[:3, 2] = step(folder, slices, normal)
     affine[:3, 3] = position(slices[0])
-    if not np.linalg.norm(affine[:3, :3], axis=0).all():
-        raise ValueError(
-            f"{folder} has a spacing of zero: {np.linalg.norm(affine[:3, :3], axis=0).tolist()} mm; write the true "
-            "spacing into its files"
-        )
+    spacing = [between_columns, between_rows, float(np.linalg.norm(affine[:3, 2]))]
+    if min(spacing) <= 0:
+        raise ValueError(f"{folder} has a spacing of zero or less: {spacing} mm; write the true spacing into its files")
     voxels = np.stack([rescaled(item) for item in slices], axis=-1)
     if bad := int(voxels.size - np.isfinite(voxels).sum()):
         raise ValueError(f"{folder} holds {bad} NaN or infinite voxels of {voxels.size}; replace them before use")

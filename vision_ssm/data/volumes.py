@@ -21,12 +21,13 @@ from torch.utils.data import Dataset
 __all__ = ["AxialSlices", "LoadVolumed", "NeighbourSlicesd", "read_channels", "read_volume"]
 
 AFFINE_TOLERANCE = 1e-3  # mm; what float32 headers of the same grid differ by is far smaller
+WHOLE = 1e-3  # from a whole number, of a label; what integers that a header scales are rounded to
 FLAT = 1e-3  # volume that the unit vectors along the three axes span, at least; of right angles it is 1
 OTHER_UNITS = {1: "metres", 3: "micrometres"}  # by their code in a header; files in millimetres often leave it 0
 
 
 def read_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (x, y, z) as float32 and the 4 x 4 affine to millimetres.
+    """Voxels (x, y, z) as float32 and the 4 x 4 affine to millimetres; further axes of one place are left out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -34,9 +35,9 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             or one not in millimetres, or holds no voxels, colours, complex numbers, NaN or infinite voxels.
     """
     image = open_volume(Path(path))
-    if len(image.shape) != 3:
+    if len(image.shape) < 3 or any(size > 1 for size in image.shape[3:]):
         raise ValueError(f"{path} has {len(image.shape)} dimensions {image.shape}; a volume has 3. Save one channel")
-    return voxels_of(image, path), image.affine
+    return voxels_of(image, path).reshape(image.shape[:3]), image.affine
 
 
 def read_channels(source: str | Path | Sequence[str | Path], channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +73,9 @@ def open_volume(path: Path) -> Any:
     try:
         image = nibabel.load(path)
     except (ImageFileError, HeaderDataError, EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"{path} is not a readable NIfTI file ({error}); give a .nii or .nii.gz file") from error
+        raise ValueError(
+            f"{path} is truncated or not a readable NIfTI file ({error}); give a whole .nii or .nii.gz file"
+        ) from error
     if not isinstance(image, nibabel.Nifti1Pair):
         raise ValueError(f"{path} is a {type(image).__name__}, not a NIfTI file; convert it to .nii.gz first")
     if min(image.shape, default=0) < 1:
@@ -104,7 +107,8 @@ def written_spacing(image: Any) -> tuple[float, ...]:
 
 def voxels_of(image: Any, path: str | Path) -> np.ndarray:
     try:
-        voxels: np.ndarray = image.get_fdata(dtype=np.float32, caching="unchanged")
+        with np.errstate(over="ignore"):  # of float64, which are infinite then and counted below
+            voxels: np.ndarray = image.get_fdata(dtype=np.float32, caching="unchanged")
         if Path(path).suffix == ".gz":
             read_checksum(Path(path))
     except (EOFError, zlib.error, OSError, ValueError) as error:
@@ -192,8 +196,8 @@ def class_map(label: np.ndarray, values: Sequence[Sequence[int]], path: object) 
     numbers = {value: number for number, members in enumerate(values) for value in members}
     table = np.full(max(numbers) + 1, -1, dtype=np.float32)
     table[list(numbers)] = list(numbers.values())
-    index = label.astype(np.int64)
-    whole = (index == label) & (index >= 0) & (index < len(table))
+    index = np.rint(label).astype(np.int64)
+    whole = (np.abs(index - label) < WHOLE) & (index >= 0) & (index < len(table))
     classes = np.where(whole, table[np.where(whole, index, 0)], np.float32(-1))
     if (classes < 0).any():
         plain = sorted(numbers) == list(range(len(values)))

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydicom.misc import is_dicom
+
 from vision_ssm.data.dicom import series_files
 
 __all__ = ["Case", "Modalities", "find_cases", "nifti_suffix", "stem"]
@@ -59,6 +61,8 @@ def find_cases(source: Path, modalities: Modalities = ()) -> list[Case]:
     """
     if not source.exists():
         raise FileNotFoundError(f"no such volume: {source}. Give a .nii or .nii.gz file, a DICOM series or a folder")
+    if source.is_file() and nifti_suffix(source) is None and is_dicom(source):
+        raise ValueError(f"{source} is one file of a DICOM series; give the folder that holds them all")
     if source.is_file() or is_volume(source):
         return [Case(stem(source), source, ((0, source),))]
     cases = [Case(name, source, files) for name, files in grouped(source, modalities).items()]
@@ -109,7 +113,9 @@ def visible(folder: Path) -> list[Path]:
 
 
 def nifti_suffix(path: Path) -> str | None:
-    return next((suffix for suffix in (".nii.gz", ".nii") if path.name.endswith(suffix)), None)
+    """The end of a name that says NIfTI, as it is written there; None if there is none."""
+    length = next((len(suffix) for suffix in (".nii.gz", ".nii") if path.name.lower().endswith(suffix)), None)
+    return None if length is None else path.name[-length:]
 
 
 def stem(path: Path) -> str:

@@ -27,7 +27,7 @@ from vision_ssm.engine.segmentation.overlays import Shown, upright
 from vision_ssm.engine.segmentation.volumes import COLUMNS, volumes
 from vision_ssm.engine.training.device import device
 
-__all__ = ["Labelled", "Predictor", "flip_sets", "mark_of", "most_probable", "prepared"]
+__all__ = ["Labelled", "Predictor", "first_channel", "flip_sets", "mark_of", "most_probable", "prepared"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +124,7 @@ class Predictor:
             images = [as_nifti(path, Path(scratch)) for path in case.images()]
             chances = self(images)
             source: Any = nibabel.load(images[0])
-            background = np.asarray(source.dataobj, dtype=np.float32)
-        if background.ndim == 4:  # all channels in one file
-            background = background[..., 0]
+            background = first_channel(source)
         labels = most_probable(chances)
         shown = upright(background, {"prediction": labels}, source.affine)
         return Labelled(source=source, probabilities=chances, labels=labels, shown={"": shown})
@@ -134,6 +132,11 @@ class Predictor:
     def table(self, case: str, labels: Any) -> list[dict[str, Any]]:
         """Rows of the volumes in a label map, as nibabel reads it."""
         return volumes(case, labels, self.classes)
+
+
+def first_channel(image: Any) -> np.ndarray:
+    """Voxels (x, y, z) of an image, of its first channel if it has a fourth axis."""
+    return np.asarray(image.dataobj, dtype=np.float32).reshape(*image.shape[:3], -1)[..., 0]
 
 
 def flip_sets(flips: str, *, x: int) -> list[tuple[int, ...]]:

@@ -21,7 +21,7 @@ from vision_ssm.engine.config import build
 from vision_ssm.engine.metrics import HD95
 from vision_ssm.engine.segmentation.cases import find_cases, nifti_suffix, stem
 from vision_ssm.engine.segmentation.overlays import Shown, upright
-from vision_ssm.engine.segmentation.predictor import Predictor
+from vision_ssm.engine.segmentation.predictor import Predictor, first_channel
 from vision_ssm.engine.tasks import Segmentation
 from vision_ssm.engine.training.device import device
 
@@ -100,11 +100,10 @@ def on_own_grid(predictor: Predictor, entry: Mapping[str, Any]) -> Volumes:
     paths = [Path(path) for path in ([entry["image"]] if isinstance(entry["image"], (str, Path)) else entry["image"])]
     prediction = predictor(paths).argmax(axis=0)
     source: Any = nibabel.load(paths[0])
-    image = np.asarray(source.dataobj, dtype=np.float32)
     truth, affine = read_classes(Path(entry["label"]), class_values(predictor.prepare))
     check_grid(f"image {paths[0]} and label {entry['label']}", (prediction, source.affine), (truth, affine))
     return Volumes(
-        image=image[..., 0] if image.ndim == 4 else image,
+        image=first_channel(source),
         prediction=prediction,
         truth=truth,
         spacing=spacing_of(source.affine),
