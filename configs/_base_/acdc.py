@@ -4,12 +4,11 @@ The files keep their order of axes, of which the last is the one between slices.
 """
 
 from mmengine.config import read_base
-from monai.data import CacheDataset
 from monai.transforms import NormalizeIntensityd, Spacingd
 
 from vision_ssm.data.layouts import acdc_cases
 from vision_ssm.data.patches import Patches
-from vision_ssm.data.volumes import AxialSlices, LoadVolumed
+from vision_ssm.data.volumes import AxialSlices, LoadVolumed, PreparedVolumes
 from vision_ssm.engine.metrics import HD95, Dice
 
 with read_base():
@@ -33,10 +32,9 @@ train_dataloader = dict(
         items=dict(
             type=AxialSlices,
             volumes=dict(
-                type=CacheDataset,
+                type=PreparedVolumes,
                 data=dict(type=acdc_cases, root=data_root, part="train"),
                 transform=prepare,
-                progress=False,
             ),
         ),
         size=(224, 224),
@@ -51,10 +49,9 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=1,
     dataset=dict(
-        type=CacheDataset,
+        type=PreparedVolumes,
         data=dict(type=acdc_cases, root=data_root, part="test"),
         transform=prepare,
-        progress=False,
     ),
 )
 test_dataloader = val_dataloader

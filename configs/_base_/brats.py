@@ -5,13 +5,12 @@ is tested.
 """
 
 from mmengine.config import read_base
-from monai.data import CacheDataset
 from monai.losses import DeepSupervisionLoss
 from monai.transforms import NormalizeIntensityd, Orientationd
 
 from vision_ssm.data.layouts import brats_cases
 from vision_ssm.data.patches import Patches
-from vision_ssm.data.volumes import LoadVolumed
+from vision_ssm.data.volumes import LoadVolumed, PreparedVolumes
 from vision_ssm.engine.metrics import HD95, Dice
 from vision_ssm.engine.segmentation.regions import RegionDice, RegionLoss
 from vision_ssm.engine.training.runner import AutocastOptimWrapper
@@ -39,10 +38,9 @@ train_dataloader = dict(
     dataset=dict(
         type=Patches,
         items=dict(
-            type=CacheDataset,
+            type=PreparedVolumes,
             data=dict(type=brats_cases, root=data_root, part="train"),
             transform=prepare,
-            progress=False,
         ),
         size=(128, 128, 128),
         rotate=0.3,
@@ -56,10 +54,9 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=1,
     dataset=dict(
-        type=CacheDataset,
+        type=PreparedVolumes,
         data=dict(type=brats_cases, root=data_root, part="test"),
         transform=prepare,
-        progress=False,
     ),
 )
 test_dataloader = val_dataloader

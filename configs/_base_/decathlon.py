@@ -5,12 +5,11 @@ For another task change, in a config of your own, what depends on it: ``data_roo
 """
 
 from mmengine.config import read_base
-from monai.data import CacheDataset
 from monai.transforms import NormalizeIntensityd, Orientationd, Spacingd
 
 from vision_ssm.data.layouts import decathlon_cases
 from vision_ssm.data.patches import Patches
-from vision_ssm.data.volumes import LoadVolumed
+from vision_ssm.data.volumes import LoadVolumed, PreparedVolumes
 from vision_ssm.engine.metrics import HD95, Dice
 
 with read_base():
@@ -33,10 +32,9 @@ train_dataloader = dict(
     dataset=dict(
         type=Patches,
         items=dict(
-            type=CacheDataset,
+            type=PreparedVolumes,
             data=dict(type=decathlon_cases, root=data_root, part="train"),
             transform=prepare,
-            progress=False,
         ),
         size=(32, 64, 32),
         rotate=0.3,
@@ -49,10 +47,9 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=1,
     dataset=dict(
-        type=CacheDataset,
+        type=PreparedVolumes,
         data=dict(type=decathlon_cases, root=data_root, part="test"),
         transform=prepare,
-        progress=False,
     ),
 )
 test_dataloader = val_dataloader

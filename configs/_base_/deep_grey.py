@@ -5,7 +5,6 @@ Intensities are normalised over the whole image before it is cut, as they are wh
 
 from mmengine.config import read_base
 from mmengine.optim import OneCycleLR, OptimWrapper
-from monai.data import CacheDataset
 from monai.inferers import SliceInferer
 from monai.losses import DiceCELoss
 from monai.transforms import Compose, NormalizeIntensityd, Orientationd
@@ -14,7 +13,7 @@ from torch.optim import AdamW
 from vision_ssm.data.augment import RandomAffine, RandomIntensity
 from vision_ssm.data.deep_grey import Hemisphered, deep_grey_files
 from vision_ssm.data.draws import Draws
-from vision_ssm.data.volumes import AxialSlices, LoadVolumed, NeighbourSlicesd
+from vision_ssm.data.volumes import AxialSlices, LoadVolumed, NeighbourSlicesd, PreparedVolumes
 from vision_ssm.engine.metrics import HD95, Dice
 from vision_ssm.engine.tasks import Segmentation
 
@@ -49,13 +48,12 @@ train_dataloader = dict(
         dataset=dict(
             type=AxialSlices,
             volumes=dict(
-                type=CacheDataset,
+                type=PreparedVolumes,
                 data=dict(type=deep_grey_files),
                 transform=dict(
                     type=Compose,
                     transforms=[*prepare, dict(type=Hemisphered, keys=("image", "label"), side="left")],
                 ),
-                progress=False,
             ),
         ),
     ),
@@ -63,13 +61,12 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=1,
     dataset=dict(
-        type=CacheDataset,
+        type=PreparedVolumes,
         data=dict(type=deep_grey_files),
         transform=dict(
             type=Compose,
             transforms=[*prepare, dict(type=Hemisphered, keys=("image", "label"), side="right")],
         ),
-        progress=False,
     ),
 )
 test_dataloader = val_dataloader

@@ -4,12 +4,11 @@ Intensities are normalised over the whole image before it is cut, as they are wh
 """
 
 from mmengine.config import read_base
-from monai.data import CacheDataset
 from monai.transforms import NormalizeIntensityd, Orientationd
 
 from vision_ssm.data.deep_grey import Hemisphered, deep_grey_files
 from vision_ssm.data.patches import Patches
-from vision_ssm.data.volumes import LoadVolumed
+from vision_ssm.data.volumes import LoadVolumed, PreparedVolumes
 from vision_ssm.engine.metrics import HD95, Dice
 
 with read_base():
@@ -30,10 +29,9 @@ train_dataloader = dict(
     dataset=dict(
         type=Patches,
         items=dict(
-            type=CacheDataset,
+            type=PreparedVolumes,
             data=dict(type=deep_grey_files),
             transform=[*prepare, dict(type=Hemisphered, keys=("image", "label"), side="left")],
-            progress=False,
         ),
         size=(48, 64, 64),
         rotate=0.2,
@@ -47,10 +45,9 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=1,
     dataset=dict(
-        type=CacheDataset,
+        type=PreparedVolumes,
         data=dict(type=deep_grey_files),
         transform=[*prepare, dict(type=Hemisphered, keys=("image", "label"), side="right")],
-        progress=False,
     ),
 )
 test_dataloader = val_dataloader

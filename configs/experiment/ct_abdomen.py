@@ -6,13 +6,12 @@ each, so here they are background.
 """
 
 from mmengine.config import read_base
-from monai.data import CacheDataset
 from monai.transforms import Orientationd, ScaleIntensityRanged
 
 from vision_ssm.data.deep_grey import Hemisphered
 from vision_ssm.data.layouts import one_case
 from vision_ssm.data.patches import Patches
-from vision_ssm.data.volumes import LoadVolumed
+from vision_ssm.data.volumes import LoadVolumed, PreparedVolumes
 from vision_ssm.engine.metrics import HD95, Dice
 from vision_ssm.engine.training.runner import AutocastOptimWrapper
 
@@ -41,10 +40,9 @@ train_dataloader = dict(
     dataset=dict(
         type=Patches,
         items=dict(
-            type=CacheDataset,
+            type=PreparedVolumes,
             data=dict(type=one_case, root=data_root, image="ct.nii.gz", label="labels7.nii.gz"),
             transform=[*prepare, dict(type=Hemisphered, keys=("image", "label"), side="left")],
-            progress=False,
         ),
         size=(64, 64, 64),
         rotate=0.2,
@@ -57,10 +55,9 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=1,
     dataset=dict(
-        type=CacheDataset,
+        type=PreparedVolumes,
         data=dict(type=one_case, root=data_root, image="ct.nii.gz", label="labels7.nii.gz"),
         transform=[*prepare, dict(type=Hemisphered, keys=("image", "label"), side="right")],
-        progress=False,
     ),
 )
 test_dataloader = val_dataloader

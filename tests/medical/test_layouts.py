@@ -1,8 +1,10 @@
 """Data sets as they are published: read whole, split by case, and refused with one clear error where they are bad."""
 
 import json
+import re
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import nibabel
@@ -12,6 +14,7 @@ import torch
 
 from vision_ssm.data.layouts import acdc_cases, brats_cases, decathlon_cases, one_case, synapse_arrays
 from vision_ssm.data.volumes import LoadVolumed, read_volume
+from vision_ssm.tools.__main__ import main
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 READERS = {
@@ -259,6 +262,35 @@ def test_background_alone_is_allowed_with_a_warning(copied):
     (case,) = decathlon_cases(str(root), "test", folds=3)
     with pytest.warns(UserWarning, match=r"case_0\.nii\.gz holds background alone"):
         assert not LoadVolumed(classes=3)(case)["label"].any()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize("layout", ["decathlon", "brats", "acdc"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, r"is truncated or damaged"),
+        (lambda path: rewrite(path, read_volume(path)[0] + 9), "outside the classes"),
+        (lambda path: rewrite(path, read_volume(path)[0][:-1]), "differ in shape"),
+        (Path.unlink, "no such volume|has no file that ends|has no labelled frame"),
+    ],
+)
+def test_training_on_a_bad_file_is_one_line_that_names_it(copied, tmp_path, capsys, layout, damage, message):
+    root = copied(layout)
+    pattern = {"decathlon": "labelsTr/case_1*", "brats": "*00002/*_seg*", "acdc": "patient002/*_gt*"}[layout]
+    for path in root.glob(pattern):
+        damage(path)
+    before = threading.active_count()
+    config = {"decathlon": "decathlon_umamba", "brats": "brats_umamba", "acdc": "acdc_vm_unet"}[layout]
+    assert main(["train", f"medical/{config}", "--work-dir", str(tmp_path / "run"), "--set", f"data_root={root}"]) == 2
+    assert threading.active_count() == before  # one that is at work when the process ends aborts it
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
+    assert path.parent.name in line
+    assert not any(tmp_path.glob("run/*"))
 
 
 @pytest.mark.parametrize("how", ["pixdim", "affine"])

@@ -5,7 +5,7 @@ import gzip
 import math
 import warnings
 import zlib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,20 @@ import nibabel
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import Compose, MapTransform
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from torch.utils.data import Dataset
 
-__all__ = ["AxialSlices", "LoadVolumed", "NeighbourSlicesd", "read_channels", "read_volume"]
+__all__ = [
+    "AxialSlices",
+    "LoadVolumed",
+    "NeighbourSlicesd",
+    "PreparedVolumes",
+    "prepared",
+    "read_channels",
+    "read_volume",
+]
 
 AFFINE_TOLERANCE = 1e-3  # mm; what float32 headers of the same grid differ by is far smaller
 WHOLE = 1e-3  # from a whole number, of a label; what integers that a header scales are rounded to
@@ -227,6 +235,45 @@ class NeighbourSlicesd(MapTransform):
             shifted = [volume[..., (positions + offset).clamp(0, len(positions) - 1)] for offset in offsets]
             data[key] = torch.cat(shifted, dim=0)
         return data
+
+
+class PreparedVolumes(Dataset[dict[Hashable, Any]]):
+    """Volumes that are prepared once, at the start, and held in memory.
+
+    MONAI's CacheDataset prepares in a thread. When it reports an error it is at the next volume already, and a process
+    that ends meanwhile is aborted.
+
+    Args:
+        data: paths under ``image`` and ``label``.
+        transform: MONAI's dictionary transforms without random ones, or several in turn.
+
+    Raises:
+        FileNotFoundError, ValueError: the error of the first transform that failed.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[Hashable, Any]],
+        transform: Callable[..., Any] | Sequence[Callable[..., Any]],
+    ) -> None:
+        self.data = data
+        prepare = transform if callable(transform) else Compose(transform)
+        self.volumes = [prepared(prepare, case) for case in data]
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def __getitem__(self, position: int) -> dict[Hashable, Any]:
+        return dict(self.volumes[position])
+
+
+def prepared(prepare: Callable[..., Any], paths: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    """The item that MONAI's transforms make of paths; an error is that of the one that failed, not MONAI's about it."""
+    try:
+        item: dict[Hashable, Any] = prepare(dict(paths))
+    except RuntimeError as error:
+        raise error.__cause__ or error from None
+    return item
 
 
 class AxialSlices(Dataset[dict[str, torch.Tensor]]):

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from vision_ssm._version import __version__
 from vision_ssm.data.dicom import read_series
+from vision_ssm.data.volumes import prepared
 from vision_ssm.engine.config import build, config_name, settings
 from vision_ssm.engine.segmentation.cases import Case, Modalities
 from vision_ssm.engine.segmentation.overlays import Shown, upright
 from vision_ssm.engine.segmentation.volumes import COLUMNS, volumes
 from vision_ssm.engine.training.device import device
 
-__all__ = ["Labelled", "Predictor", "first_channel", "flip_sets", "mark_of", "most_probable", "prepared"]
+__all__ = ["Labelled", "Predictor", "first_channel", "flip_sets", "mark_of", "most_probable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,15 +166,6 @@ def as_nifti(path: Path, scratch: Path) -> Path:
     converted = scratch / f"{len(list(scratch.iterdir()))}.nii"
     nibabel.save(nibabel.Nifti1Image(voxels, affine), converted)
     return converted
-
-
-def prepared(prepare: Compose, paths: dict[Hashable, Any]) -> dict[Hashable, Any]:
-    """The item that ``prepare`` makes of paths; its errors are those of the transform that failed, not MONAI's own."""
-    try:
-        item: dict[Hashable, Any] = prepare(paths)
-    except RuntimeError as error:
-        raise error.__cause__ or error from None
-    return item
 
 
 def mark_of(parts: Mapping[str, Any], flips: Sequence[Sequence[int]], net: nn.Module) -> str:
