@@ -91,7 +91,11 @@ def test_a_misspelt_key_in_a_file_is_named(tmp_path):
     [
         (UNET, "model.net.out_channels=5", r"has 7 classes \(background, hippocampus, .*out_channels is for 5,"),
         ("medical/deep_grey_basic_unet", "model.net.out_channels=2", "model.net.out_channels is for 2,"),
-        ("medical/brats_umamba", "prepare.0.classes=5", r"has 4 classes .*; change prepare\.0\.classes, or classes"),
+        (
+            "medical/brats_umamba",
+            "prepare.0.classes=5",
+            r"has 4 classes .* prepare\.0\.classes is for 5, .*; change that, or classes",
+        ),
         ("medical/acdc_umamba", "test_evaluator.1.structures=('a',)", "test_evaluator.1.structures is for 2,"),
         (
             "medical/synapse_umamba",

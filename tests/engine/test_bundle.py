@@ -250,7 +250,9 @@ def test_bad_input_is_refused_and_leaves_nothing(weights, tmp_path, capsys):
     assert "does not segment volumes" in refused(capsys, "image/mnist_vmamba_nano", weights, tmp_path / "new")
     assert "another model" in refused(capsys, "medical/deep_grey_basic_unet", weights, tmp_path / "new")
     overridden = ("--set", "classes=('all',)")
-    assert "2 classes need" in refused(capsys, TINY, weights, tmp_path / "new", *overridden)
+    assert "has 2 classes (background, all), but model.net.out_channels is for 7" in refused(
+        capsys, TINY, weights, tmp_path / "new", *overridden
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 

@@ -234,7 +234,7 @@ def check_classes(config: Config) -> None:
         found = ", ".join(f"{place} is for {count}" for place, count in wrong.items())
         raise ValueError(
             f"the config has {expected} classes (background, {', '.join(entries['classes'])}), but {found}, background "
-            f"included; change {' and '.join(wrong)}, or classes"
+            "included; change that, or classes"
         )
 
 
