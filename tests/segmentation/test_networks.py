@@ -211,10 +211,15 @@ def test_an_image_of_another_shape_is_refused(network, image):
         net(image[0])
     with pytest.raises(ValueError, match="images of shape"):
         net(image[..., :0])
+    with pytest.raises(ValueError, match=r"takes floating point numbers; got torch\.uint8"):
+        net(image.expand(-1, 2, *image.shape[2:]).to(torch.uint8))
 
 
 def test_wrong_arguments_say_what_is_accepted(case):
     make, _ = case
+    for channels in ({"in_channels": 0, "out_channels": 2}, {"in_channels": 1, "out_channels": -1}):
+        with pytest.raises(ValueError, match=r"must be at least 1; got in_channels=\d, out_channels=-?\d"):
+            make(**channels)
     with pytest.raises(ValueError, match=r"unknown mixer 'mmaba'.*identity"):
         make(in_channels=1, out_channels=2, mixer="mmaba")
     with pytest.raises(ValueError, match=r"spatial_dims.*got (spatial_dims=)?4"):

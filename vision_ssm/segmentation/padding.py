@@ -4,6 +4,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def require_channels(in_channels: int, out_channels: int) -> None:
+    """Raises ValueError unless a network has something to read and something to say."""
+    if min(in_channels, out_channels) < 1:
+        raise ValueError(
+            f"in_channels and out_channels must be at least 1; got in_channels={in_channels}, "
+            f"out_channels={out_channels}"
+        )
+
+
 def pad_image(image: Tensor, in_channels: int, reductions: list[int], least: int = 2) -> Tensor:
     """Repeats the last cells of each axis up to a multiple of its reduction.
 
@@ -14,13 +23,17 @@ def pad_image(image: Tensor, in_channels: int, reductions: list[int], least: int
         least: cells of the coarsest map; a single one would be its own mean to an instance norm, which PyTorch refuses.
 
     Raises:
-        ValueError: another number of axes or channels, or an axis without cells.
+        ValueError: another number of axes or channels, an axis without cells, or whole numbers.
     """
     shape = list(image.shape)
     if len(shape) != len(reductions) + 2 or shape[1] != in_channels or min(shape) < 1:
         raise ValueError(
             f"the network takes images of shape (batch, {in_channels}, then {len(reductions)} sizes of at least 1); "
             f"got {shape}"
+        )
+    if not image.is_floating_point():
+        raise ValueError(
+            f"the network takes floating point numbers; got {image.dtype}. Convert the image, and scale it"
         )
     cells = [cells_of(size, reduction) for size, reduction in zip(shape[2:], reductions)]  # noqa: B905 (no strict= in a script)
     if max(cells) < least:

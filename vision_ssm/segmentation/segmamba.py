@@ -23,7 +23,7 @@ from vision_ssm.layers.mamba import AlongRoutes, Mamba
 from vision_ssm.layers.mixers import Mixer, find_mixer
 
 from .decoder import INSTANCE_NORM, Decoder
-from .padding import pad_image
+from .padding import pad_image, require_channels
 
 __all__ = ["SegMamba"]
 
@@ -58,8 +58,8 @@ class SegMamba(nn.Module):
     logits, finest first; item i has ceil(size / 2**i) cells along an axis.
 
     Raises:
-        ValueError: an unknown mixer, other spatial_dims, no stage, depths that do not fit the stages, or no Mamba in a
-            block; in forward, an image of another shape.
+        ValueError: no channels in or out, an unknown mixer, other spatial_dims, no stage, depths that do not fit the
+            stages, or no Mamba in a block; in forward, an image of another shape.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class SegMamba(nn.Module):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
+        require_channels(in_channels, out_channels)
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3; got {spatial_dims}")
         if not dims or len(depths) != len(dims) or min(depths) < 1:

@@ -18,7 +18,7 @@ from vision_ssm.backbones.pretrained import create_pretrained
 from vision_ssm.layers.mixers import Mixer
 
 from .decoder import INSTANCE_NORM, Decoder
-from .padding import pad_image
+from .padding import pad_image, require_channels
 from .vm_unet import require_images, require_vmamba
 
 __all__ = ["SwinUMamba"]
@@ -50,8 +50,8 @@ class SwinUMamba(nn.Module):
     finest first; a level reduced by r has ceil(h / r) rows and ceil(w / r) columns.
 
     Raises:
-        ValueError: other spatial_dims, a backbone that is no VMamba, an unknown mixer, a file that cannot be read; in
-            forward, an image of another shape.
+        ValueError: no channels in or out, other spatial_dims, a backbone that is no VMamba, an unknown mixer, a file
+            that cannot be read; in forward, an image of another shape.
         FileNotFoundError: no such file.
         RuntimeError: the weights do not exist, or do not fit the backbone.
     """
@@ -70,6 +70,7 @@ class SwinUMamba(nn.Module):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
+        require_channels(in_channels, out_channels)
         require_images(spatial_dims)
         require_vmamba(backbone)
         encoder: Any

@@ -18,7 +18,7 @@ from vision_ssm.layers.mamba import Mamba, ahead
 from vision_ssm.layers.mixers import Mixer, find_mixer
 
 from .decoder import Decoder, WithoutSkip
-from .padding import pad_image
+from .padding import pad_image, require_channels
 from .vm_unet import require_images
 
 __all__ = ["UltraLightVMUNet"]
@@ -54,8 +54,8 @@ class UltraLightVMUNet(nn.Module):
     finest first; a level reduced by r has ceil(h / r) rows and ceil(w / r) columns.
 
     Raises:
-        ValueError: other spatial_dims, widths that are not six multiples of 4, an unknown mixer; in forward, an image
-            of another shape.
+        ValueError: no channels in or out, other spatial_dims, widths that are not six multiples of 4, an unknown mixer;
+            in forward, an image of another shape.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class UltraLightVMUNet(nn.Module):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
+        require_channels(in_channels, out_channels)
         require_images(spatial_dims)
         if len(widths) != 6 or any(width % PARTS or width < PARTS for width in widths):
             raise ValueError(f"widths must be six positive multiples of {PARTS}; got {tuple(widths)}")

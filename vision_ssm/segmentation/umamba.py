@@ -20,7 +20,7 @@ from vision_ssm.layers.mamba import Mamba, ahead
 from vision_ssm.layers.mixers import Mixer, find_mixer
 
 from .decoder import INSTANCE_NORM, Decoder
-from .padding import pad_image
+from .padding import pad_image, require_channels
 
 __all__ = ["UMamba"]
 
@@ -61,8 +61,9 @@ class UMamba(nn.Module):
     logits, finest first; a level reduced by r has ceil(size / r) cells along an axis.
 
     Raises:
-        ValueError: an unknown form or mixer, other spatial_dims, fewer than two stages, values that do not fit the
-            stages or the axes, strides other than 1 and 2, even kernels; in forward, an image of another shape.
+        ValueError: no channels in or out, an unknown form or mixer, other spatial_dims, fewer than two stages, values
+            that do not fit the stages or the axes, strides other than 1 and 2, even kernels; in forward, an image of
+            another shape.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class UMamba(nn.Module):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
+        require_channels(in_channels, out_channels)
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3; got {spatial_dims}")
         if form not in FORMS:

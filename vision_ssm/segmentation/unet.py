@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vision_ssm.segmentation.decoder import INSTANCE_NORM
 from vision_ssm.segmentation.encoder import ENCODERS, SSMEncoder
-from vision_ssm.segmentation.padding import crop_map, pad_image
+from vision_ssm.segmentation.padding import crop_map, pad_image, require_channels
 
 __all__ = ["SSMUNet"]
 
@@ -46,8 +46,8 @@ class SSMUNet(nn.Module):
             ``pretrained=True`` for a timm backbone, ``strides=((1, 2, 2), 2, 2, 2, 2)`` for volumes of thick slices.
 
     Raises:
-        ValueError: the backbone is unknown, its maps do not double in reduction, or the widths do not fit its levels;
-            in forward, an image of other axes or channels, or without cells.
+        ValueError: no channels in or out, the backbone is unknown, its maps do not double in reduction, or the widths
+            do not fit its levels; in forward, an image of other axes or channels, or without cells.
 
     Shapes: (b, in_channels, *sizes) -> (b, out_channels, *sizes) for any sizes >= 1. With deep supervision, and only
     while training, a list of such logits, finest first; for an image, item i has ceil(h / 2**i) rows and
@@ -67,6 +67,7 @@ class SSMUNet(nn.Module):
         **backbone_arguments: Any,
     ) -> None:
         super().__init__()
+        require_channels(in_channels, out_channels)
         if out_indices is not None:
             if not out_indices:
                 raise ValueError("out_indices must name at least one map of the backbone; leave it out for all maps")

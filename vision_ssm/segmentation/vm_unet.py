@@ -20,7 +20,7 @@ from vision_ssm.backbones.pretrained import create_pretrained
 from vision_ssm.layers.mixers import Mixer
 
 from .decoder import Decoder, WithoutSkip
-from .padding import pad_image
+from .padding import pad_image, require_channels
 
 __all__ = ["VMUNet"]
 
@@ -54,9 +54,9 @@ class VMUNet(nn.Module):
     finest first; a level reduced by r has ceil(h / r) rows and ceil(w / r) columns.
 
     Raises:
-        ValueError: other spatial_dims, a backbone that is no VMamba, an unknown mixer, depths that do not fit the
-            stages, weights for more blocks than the backbone has, a file that cannot be read; in forward, an image of
-            another shape.
+        ValueError: no channels in or out, other spatial_dims, a backbone that is no VMamba, an unknown mixer, depths
+            that do not fit the stages, weights for more blocks than the backbone has, a file that cannot be read; in
+            forward, an image of another shape.
         FileNotFoundError: no such file.
         RuntimeError: the weights do not exist, or do not fit the backbone.
     """
@@ -76,6 +76,7 @@ class VMUNet(nn.Module):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
+        require_channels(in_channels, out_channels)
         require_images(spatial_dims)
         require_vmamba(backbone)
         vmamba: Any = partial(timm.create_model, backbone, in_chans=in_channels, mixer=mixer)
