@@ -330,6 +330,15 @@ def test_a_folder_of_cases_is_labelled_and_the_finished_are_kept(predictor, fold
     assert predict_folder(predictor, folder, out, console=QUIET, overwrite=True).written == [*"abc"]
 
 
+def test_a_case_whose_image_was_changed_is_labelled_anew(predictor, folder, tmp_path):
+    out = tmp_path / "out"
+    predict_folder(predictor, folder, out, console=QUIET)
+    save(folder / "a.nii.gz", image_of(truth(9)))
+    batch = predict_folder(predictor, folder, out, console=QUIET)
+    assert (batch.written, batch.kept) == (["a"], ["b", "c"])
+    assert (labels_in(out / "a.nii.gz") == truth(9)).all()
+
+
 def test_the_labels_of_another_network_are_not_kept_for_this_ones(predictor, folder, bands, tmp_path):
     out = tmp_path / "out"
     predict_folder(predictor, folder, out, console=QUIET)
@@ -448,10 +457,10 @@ def test_cases_of_several_channels_are_put_together(tmp_path):
     subject = find_cases(tmp_path, ("t1", ("t2w", "t2")))[-1]
     assert [path.name for path in subject.images()] == ["s-t1.nii.gz", "s-t2.nii.gz"]
     assert subject.name == "s"
-    with pytest.raises(ValueError, match=r"holds channels \[0, 0, 0\] of s .*s_0000"):
+    with pytest.raises(ValueError, match=r"holds s-seg\.nii\.gz, .* channels \[0, 0, 0\] of s; .*s_0000"):
         find_cases(tmp_path)[-1].images()
     (tmp_path / "q_0000.nii.gz").unlink()
-    with pytest.raises(ValueError, match=r"channels \[1\] of q where each of \[0\]"):
+    with pytest.raises(ValueError, match=r"channels \[1\] of q; each of \[0\]"):
         find_cases(tmp_path)[1].images()
     (tmp_path / "r").mkdir()
     with pytest.raises(ValueError, match="a file and a folder for r"):

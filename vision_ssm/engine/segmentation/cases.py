@@ -40,9 +40,11 @@ class Case:
             raise ValueError(f"{self.place} holds neither a NIfTI file nor the files of a DICOM series")
         numbers = sorted(number for number, _ in self.files)
         if numbers != list(range(len(numbers))):
+            held = ", ".join(path.name for _, path in self.files)
             raise ValueError(
-                f"{self.place} holds channels {numbers} of {self.name} where each of {list(range(len(numbers)))} is "
-                f"expected once; name them {self.name}_0000, {self.name}_0001, ... or as the config's modalities"
+                f"{self.place} holds {held}, which are the channels {numbers} of {self.name}; each of "
+                f"{list(range(len(numbers)))} is expected once; name them {self.name}_0000, "
+                f"{self.name}_0001, ... or as the config's modalities"
             )
         return [path for _, path in sorted(self.files)]
 

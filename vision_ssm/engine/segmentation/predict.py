@@ -80,6 +80,11 @@ class Outputs:
     def maps(self) -> list[Path]:
         return [path for path in (self.labels, self.overlay, self.probabilities) if path]
 
+    def finished(self, case: Case) -> bool:
+        """Whether all are there, and no image was changed after its labels were written."""
+        changed = max((path.stat().st_mtime_ns for _, path in case.files), default=0)
+        return all(path.exists() for path in self.maps()) and self.labels.stat().st_mtime_ns >= changed
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -187,9 +192,10 @@ def predict_folder(
     probabilities: bool = False,
     overwrite: bool = False,
 ) -> Batch:
-    """Labels every case of ``source`` into ``folder``, which is made if need be; cases that it holds already are kept.
+    """Labels every case of ``source`` into ``folder``, which is made if need be; finished cases are kept.
 
-    A case that fails is left out and named in the result. Killed at any moment, the same call goes on where it was.
+    A case whose images are newer than its labels is not finished. One that fails is left out and named in the result.
+    Killed at any moment, the same call goes on where it was.
 
     Args:
         source: see ``find_cases``.
@@ -220,9 +226,9 @@ def predict_folder(
     batch = Batch([], [], {})
     for case in track(cases, "labelling", console=console, disable=not console.is_terminal):
         one = outputs[case.name]
-        finished = all(path.exists() for path in one.maps())
+        finished = False
         try:
-            if not finished:
+            if not (finished := one.finished(case)):
                 rows[case.name] = write_case(predictor, case, one)
             elif case.name not in rows:
                 rows[case.name] = predictor.table(case.name, nibabel.load(one.labels))
