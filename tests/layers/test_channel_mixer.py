@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import vision_ssm  # noqa: F401  registers the models
+from vision_ssm.layers import MambaMixerBlock
 from vision_ssm.layers.channel_mixer import CHANNEL_SCANS, ChannelMixer, PerCell, WeightedAverage
 
 
@@ -119,3 +120,26 @@ def test_identity_has_neither_scan():
 def test_stages_must_agree():
     with pytest.raises(ValueError, match="one entry a stage"):
         timm.create_model("test_vim2", channel_expand=(1.0, 2.0))
+
+
+def test_a_block_s_mixers_see_averages_of_all_that_came_before():
+    stack = [MambaMixerBlock(4, index=index, state=2, channel_expand=1.5) for index in range(2)]
+    for parameter in (weight for block in stack for weight in block.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3)
+    outputs = [torch.randn(2, 6, 4)]
+    for block in stack:
+        outputs = block(outputs, 2, 3)
+    y0, token0, channel0, token1, channel1 = outputs
+    first, second = stack
+    assert_close(token0, through(first.tokens, first.to_tokens.weight[0] * y0))
+    theta, gamma = second.to_channels.weight[[0, 1, 3]], second.to_channels.weight[2]
+    alpha, beta = second.to_tokens.weight[[0, 1]], second.to_tokens.weight[2]
+    assert_close(token1, through(second.tokens, alpha[0] * y0 + alpha[1] * token0 + beta * channel0))
+    average = theta[0] * y0 + theta[1] * token0 + theta[2] * token1 + gamma * channel0
+    assert_close(channel1, second.channels(average, 2, 3))
+
+
+def through(mixers, y):
+    for mixer in mixers:
+        y = mixer(y, 2, 3)
+    return y

@@ -17,7 +17,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import Tensor, nn
 
 from vision_ssm.layers import Hydra
@@ -158,3 +158,9 @@ def hydra_vit_base(pretrained: bool = False, **kwargs: Any) -> HydraViT:
 def test_hydra(pretrained: bool = False, **kwargs: Any) -> HydraViT:
     """The smallest Hydra-ViT, for tests; unpublished, no weights."""
     return _create("test_hydra", pretrained, kwargs, depth=4, dim=32, state=4, head_dim=16)
+
+
+register_model_deprecations(
+    __name__,
+    {f"hydra_vit_{size}_patch16_224": f"hydra_vit_{size}" for size in ("small", "base")},  # any size of image is taken
+)

@@ -13,6 +13,7 @@ channel mixer.
 # Shapes: b batch, c channels, h w grid.
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -21,8 +22,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vision_ssm.layers import SS2D
-from vision_ssm.layers.channel_mixer import ChannelMixer, WeightedAverage
+from vision_ssm.layers import MambaMixerBlock
 from vision_ssm.layers.mixers import Mixer
 
 from .hierarchy import Hierarchy, PatchMerging2d, Stage, build_hierarchy, drop_path_rates, patch_stem
@@ -30,65 +30,10 @@ from .hierarchy import Hierarchy, PatchMerging2d, Stage, build_hierarchy, drop_p
 __all__ = ["ViM2"]
 
 
-class Normed(nn.Module):
-    """mixer(norm(x)); x itself for samples that stochastic depth spares the mixer. (b, l, c) -> (b, l, c).
-
-    There is no residual around a mixer here, so that a dropped output must not be 0. The mixer takes the cells as a
-    map of ``height`` and ``width``; elsewhere they are a list, for the reason that ``SS`` gives.
-    """
-
-    def __init__(self, dim: int, mixer: nn.Module, *, drop_path: float) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-5)
-        self.mixer = mixer
-        self.rate = drop_path
-
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        y = self.mixer(self.norm(x).unflatten(1, [height, width])).flatten(1, -2)
-        if self.training and self.rate > 0:
-            spared = torch.rand([x.shape[0], 1, 1], device=x.device) < self.rate
-            y = torch.where(spared, x, y)
-        return y
-
-
-class MixerBlock(nn.Module):
-    """A token and a channel mixer, each on an average of all that came before it in the stage.
-
-    With y_0 the input of the stage's blocks, block l computes (equations 13 to 16)::
-
-        y_token(l) = tokens(Σ_{i<l} α_i y_token(i) + β_i y_channel(i)),
-        y_channel(l) = channels(Σ_{i<=l} θ_i y_token(i) + Σ_{i<l} γ_i y_channel(i))
-
-    Args:
-        index: how many blocks of the stage come before.
-        tokens: mixers of the tokens, one after the other.
-        channels: mixer of the channels.
-
-    Shapes: a list of (b, l, c), the input, then token and channel output of each block in turn, to one of two more.
-    """
-
-    def __init__(self, index: int, tokens: Iterable[Normed], channels: Normed) -> None:
-        super().__init__()
-        count = 2 * index + 1
-        self.to_tokens = WeightedAverage(count, newest=(count - 1, count - 2) if index else (0,))
-        self.tokens = nn.ModuleList(tokens)
-        self.to_channels = WeightedAverage(count + 1, newest=(count, count - 1))
-        self.channels = channels
-
-    def forward(self, outputs: list[Tensor], height: int, width: int) -> list[Tensor]:
-        outputs = outputs.copy()
-        y = self.to_tokens(outputs)
-        for mixer in self.tokens:
-            y = mixer(y, height, width)
-        outputs.append(y)
-        outputs.append(self.channels(self.to_channels(outputs), height, width))
-        return outputs
-
-
 class MixerStage(Stage):
     """Down-sampling and mixer blocks; (b, c, h, w) -> (b, c', h', w')."""
 
-    def __init__(self, downsample: nn.Module, blocks: Iterable[MixerBlock]) -> None:
+    def __init__(self, downsample: nn.Module, blocks: Iterable[MambaMixerBlock]) -> None:
         super().__init__(downsample, ())
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]  # each takes the size too
 
@@ -153,13 +98,8 @@ class ViM2(Hierarchy):
         stem = patch_stem(in_chans, dims[0])
         stages = []
         for stage, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
-            inner = int(channel_expand[stage] * dim)
-            blocks = []
-            for i, rate in enumerate(islice(rates, depth)):
-                pair = (SS2D(dim, state=state, expand=2.0, mixer=mixer, gate=True, conv_bias=True) for _ in range(2))
-                tokens = (Normed(dim, layer, drop_path=rate) for layer in pair)
-                channels = Normed(dim, ChannelMixer(dim, inner, state=state, scan=scan), drop_path=rate)
-                blocks.append(MixerBlock(i, tokens, channels))
+            make = partial(MambaMixerBlock, dim, channel_expand=channel_expand[stage], state=state, mixer=mixer)
+            blocks = [make(index=i, channel_scan=scan, drop_path=rate) for i, rate in enumerate(islice(rates, depth))]
             step = PatchMerging2d(dims[stage - 1], dim) if stage else nn.Identity()
             stages.append(MixerStage(step, blocks))
         super().__init__(

@@ -2,6 +2,7 @@
 
 from .convs5 import ConvS5, ConvS5Layer
 from .hydra import Hydra
+from .mamba_mixer import MambaMixerBlock
 from .mixers import MIXERS, find_mixer
 from .over_time import TemporalStack
 from .scan import RoutedScan, pad_grid
@@ -15,6 +16,7 @@ __all__ = [
     "ConvS5",
     "ConvS5Layer",
     "Hydra",
+    "MambaMixerBlock",
     "RoutedScan",
     "TemporalStack",
     "find_mixer",
