@@ -50,12 +50,13 @@ UNREADABLE = (
 )
 
 
-def convert(state_dict: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+def convert(state_dict: Mapping[str, Any], name: str, **arguments: Any) -> dict[str, Tensor]:
     """An official checkpoint of the model ``name`` in our layout.
 
     Args:
         state_dict: official state dict, or the dictionary with the key "model" around it.
         name: timm name of the model, such as "vmamba_tiny".
+        **arguments: of ``timm.create_model``, for a model that is built otherwise, such as a Vim's ``img_size``.
 
     Returns:
         Our state dict, complete: it loads strictly. The number of classes is the checkpoint's own.
@@ -65,7 +66,8 @@ def convert(state_dict: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """
     require_own(name)
     ours = _to_ours(state_dict)
-    _check(ours, _shapes(name, classes(ours, name)), name)
+    built = {"num_classes": classes(ours, name), **arguments}
+    _check(ours, _on_meta(name, **built), name)
     return ours
 
 
@@ -124,11 +126,15 @@ def input_size(name: str) -> tuple[int, ...]:
     return config.input_size
 
 
-@cache
-def _shapes(name: str, num_classes: int) -> nn.Module:
+def _on_meta(name: str, **arguments: Any) -> nn.Module:
     """The model ``name`` without storage."""
     with torch.device("meta"):
-        return timm.create_model(name, num_classes=num_classes)
+        return timm.create_model(name, **arguments)
+
+
+@cache
+def _shapes(name: str, num_classes: int) -> nn.Module:
+    return _on_meta(name, num_classes=num_classes)
 
 
 def _own_models() -> list[str]:

@@ -4,10 +4,12 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from official_files import layouts
 from torch.testing import assert_close
 
 import vision_ssm  # noqa: F401  registers the models
 from vision_ssm import model_zoo
+from vision_ssm.engine.zoo.published import convert_file
 from vision_ssm.model_zoo.converters import rename_keys
 
 SPELLINGS = {  # what older official files call the same parts
@@ -75,6 +77,27 @@ def test_another_variant_is_refused(official):
     _, source = official
     with pytest.raises(ValueError, match="does not fit vmamba_small"):
         model_zoo.convert(source, "vmamba_small")
+
+
+def test_a_model_that_is_built_otherwise_is_told():
+    source = layouts("test_vim", img_size=[48, 80])[0]
+    with pytest.raises(ValueError, match=r"pos_embed \(1, 16, 32\), not \(1, 101, 32\)"):
+        model_zoo.convert(source, "test_vim")
+    model = timm.create_model("test_vim", img_size=[48, 80], num_classes=5)
+    model.load_state_dict(model_zoo.convert(source, "test_vim", img_size=[48, 80]))
+
+
+@pytest.mark.parametrize("name", ["model_ema", "state_dict_ema"])
+def test_a_moving_average_is_taken_where_it_stands_alone(name, tmp_path):
+    theirs, ours = layouts("test_vmamba", classes=3)
+    torch.save({name: theirs, "epoch": 3}, tmp_path / "average.pth")
+    for model in (
+        model_zoo.load(small(), tmp_path / "average.pth"),
+        timm.create_model("test_vmamba", num_classes=3, checkpoint_path=str(tmp_path / "average.pth")),
+    ):
+        assert_close(model.state_dict(), ours, rtol=0, atol=0)
+    metadata = convert_file(tmp_path / "average.pth", tmp_path / "average.safetensors")
+    assert metadata["moving_average"] == name and "left_out" not in metadata
 
 
 def test_unknown_model_lists_the_known_ones():

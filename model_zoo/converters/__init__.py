@@ -5,17 +5,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
+WEIGHTS = "model", "state_dict"
+AVERAGES = "model_ema", "state_dict_ema"
+"""Names under which training scripts keep the weights, and their moving average."""
+
 Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 
 
-def unwrapped(source: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state dict in a checkpoint: the one under "model", else under "state_dict", else the checkpoint itself.
+def taken(source: Mapping[str, Any]) -> str | None:
+    """Under which name a checkpoint keeps its weights, or a moving average alone; None for a bare state dict."""
+    return next((name for name in (*WEIGHTS, *AVERAGES) if isinstance(source.get(name), Mapping)), None)
 
-    A moving average that stands beside them is not taken. "module." before all keys, which data-parallel training
-    leaves there once or twice, is taken off.
+
+def unwrapped(source: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict in a checkpoint, or the checkpoint itself.
+
+    "module." before all keys, which data-parallel training leaves there once or twice, is taken off.
     """
-    named = (source.get(name) for name in ("model", "state_dict"))
-    state = next((found for found in named if isinstance(found, Mapping)), source)
+    name = taken(source)
+    state = source if name is None else source[name]
     while state and all(isinstance(key, str) and key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state

@@ -186,9 +186,10 @@ def official_gradient(model, key, shape):
 def golden(request, parity):
     facts = json.loads((parity / f"{request.param}.json").read_text())
     weights = {entry["key"]: rebuild(entry) for entry in facts["params"]}
-    model = create(request.param)
+    arguments = facts.get("model_kwargs", {})
+    model = create(request.param, **arguments)
     assert sum(p.numel() for p in model.parameters()) == facts["num_parameters"]
-    return facts, model_zoo.load(model, model_zoo.convert(weights, request.param))
+    return facts, model_zoo.load(model, model_zoo.convert(weights, request.param, **arguments))
 
 
 def observed(model, x):

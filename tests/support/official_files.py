@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
@@ -69,11 +70,11 @@ TO_OFFICIAL: dict[str, Renames] = {
 }
 
 
-def layouts(name: str, classes: int = 5) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def layouts(name: str, classes: int = 5, **arguments: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """State dict of a model with random values, in the layout of the authors and in ours."""
     family = next(family for family in TO_OFFICIAL if timm.list_models(name, module=family))
     theirs, ours = {}, {}
-    for key, value in timm.create_model(name, num_classes=classes).state_dict().items():
+    for key, value in timm.create_model(name, num_classes=classes, **arguments).state_dict().items():
         if value.is_floating_point():
             value = value + 0.1 * torch.rand_like(value)
         ours[key] = value

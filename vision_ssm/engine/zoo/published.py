@@ -20,10 +20,9 @@ from vision_ssm.engine.outputs import require_outputs
 from vision_ssm.engine.zoo.download import cache_folder, download, require_sha256
 from vision_ssm.model_zoo import checkpoints
 from vision_ssm.model_zoo.catalogue import Card, card_of_file, cards
+from vision_ssm.model_zoo.converters import AVERAGES, taken
 
 __all__ = ["Verdict", "VerificationError", "convert_file", "fetch", "find_cards", "print_cards", "verify_file"]
-
-_AVERAGES = ("model_ema", "state_dict_ema")
 
 
 class VerificationError(Exception):
@@ -150,7 +149,7 @@ def convert_file(source: Path, target: Path, *, model: str | None = None, overwr
         overwrite: replace ``target``.
 
     Returns:
-        The metadata of ``target``: where its tensors come from, and what moving averages were left out.
+        The metadata of ``target``: where its tensors come from, and what moving averages were taken or left out.
 
     Raises:
         FileNotFoundError, FileExistsError, PermissionError: no source, a target that exists, nowhere to write.
@@ -183,7 +182,10 @@ def convert_file(source: Path, target: Path, *, model: str | None = None, overwr
         "source_page": card.page if card else "unknown",
         "licence": card.licence if card else "none stated",
     }
-    if averages := [name for name in _AVERAGES if name in state]:
+    source_key = taken(state)
+    if source_key in AVERAGES:
+        metadata["moving_average"] = source_key
+    elif averages := [name for name in AVERAGES if name in state]:
         metadata["left_out"] = ", ".join(averages)
     owned = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in ours.items()}
     write_atomically(target, lambda partial: partial.write_bytes(save(owned, metadata=metadata)))
