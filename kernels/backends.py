@@ -20,6 +20,7 @@ def backend_report() -> str:
         "routed_scan": numba,
         "linear_scan": "PyTorch, in chunks of time",
         "ssd_scan": "PyTorch, as matrix products in chunks",
+        "group_norm_act": "PyTorch",
     }
     rows = [f"vision_ssm operators, torch {torch.__version__}"]
     for operator, backend in cpu.items():

@@ -8,6 +8,7 @@ import torch
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
+from .norm_act import norm_act
 from .over_time import EPS
 
 __all__ = ["GELU", "HalfGLUOutput", "ResNetOutput", "StandardOutput"]
@@ -38,8 +39,8 @@ class ResNetOutput(nn.Module):
         self.conv2 = nn.Conv2d(dim, dim, kernel, padding=kernel // 2)
 
     def forward(self, y: Tensor, u: Tensor) -> Tensor:
-        inner = self.conv1(self.act(self.norm1(y)))
-        return self.act(y + self.conv2(self.act(self.norm2(inner))))
+        inner = self.conv1(norm_act(self.norm1, self.act, y))
+        return self.act(y + self.conv2(norm_act(self.norm2, self.act, inner)))
 
 
 class StandardOutput(nn.Module):

@@ -8,9 +8,12 @@ Modeling", NeurIPS 2023, arXiv:2310.19694, on Moving-MNIST. Frames have values i
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from vision_ssm.layers.norm_act import norm_act
 from vision_ssm.layers.over_time import EPS
 from vision_ssm.video.next_map import NextMap
 
@@ -45,7 +48,18 @@ class ResNetUnit(nn.Module):
         self.skip = nn.Identity() if width == out else nn.Conv2d(width, out, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.skip(x) + 0.1 * self.inner(x)
+        parts: Any = self.inner
+        norm1, act1, conv1, norm2, act2, conv2 = parts
+        inner = conv2(norm_act(norm2, act2, conv1(norm_act(norm1, act1, x))))
+        return torch.add(self.skip(x), inner, alpha=0.1)
+
+
+class Doubling(nn.UpsamplingNearest2d):
+    """Maps in their own dtype: autocast would widen them to float32 four times as large, though copies are exact."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
 
 
 class CellNorm(nn.LayerNorm):
@@ -73,7 +87,7 @@ def frame_decoder(dim: int, widths: Sequence[int], units: int, channels: int) ->
     before = widths[0]
     for width in reversed(widths):
         if len(parts) > 1:
-            parts.append(nn.UpsamplingNearest2d(scale_factor=2))
+            parts.append(Doubling(scale_factor=2))
         parts += [ResNetUnit(before, width), *(ResNetUnit(width, width) for _ in range(units - 1))]
         before = width
     return nn.Sequential(*parts, CellNorm(before, eps=EPS), nn.Conv2d(before, channels, 1))
