@@ -1,5 +1,7 @@
 """MONAI's FlexibleUNet on VMamba: what its own tests ask of an encoder, and the maps themselves."""
 
+import io
+
 import pytest
 import timm
 import torch
@@ -98,6 +100,24 @@ def test_it_trains():
     net(torch.randn(2, 1, 64, 64)).square().mean().backward()
     assert not [key for key, parameter in net.named_parameters() if parameter.grad is None]
     assert net.encoder.stem[0].weight.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.(script|save|load).* is deprecated")
+@torch.jit.optimized_execution(False)
+@pytest.mark.parametrize(
+    ("backbone", "size"), [("test_vmamba", (32, 66)), ("ssm3d_nano", (32, 34, 32))], ids=["image", "volume"]
+)
+def test_a_saved_script_computes_the_same(backbone, size):
+    narrow = {"spatial_dims": len(size), "in_channels": 1, "decoder_channels": (8, 8, 8, 8, 4)}
+    net = network(backbone, **narrow).eval()
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(net), file)
+    file.seek(0)
+    script = torch.jit.load(file)
+    with torch.no_grad():
+        for sizes in (size, (35, *size[1:])):
+            x = torch.randn(1, 1, *sizes)
+            assert_close(script(x), net(x))
 
 
 @pytest.mark.slow

@@ -140,6 +140,10 @@ class SSMEncoder(nn.Module):
                 stage.grad_checkpointing = enable
 
     def forward(self, image: Tensor) -> list[Tensor]:
+        return self.maps(image)
+
+    def maps(self, image: Tensor) -> list[Tensor]:
+        """The map of each stage; a script of a subclass cannot ask its ``super()``."""
         maps: list[Tensor] = []
         x = image
         for stage in self.stages:

@@ -52,12 +52,18 @@ class VMambaEncoder(nn.Module, BaseEncoder):
         self.second = convolutions(model.stem)[1]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        check_smallest(x)
-        half = self.stem[: self.second](x)
-        maps = [half, self.stages[0](self.stem[self.second :](half))]
-        for stage in self.stages[1:]:
-            maps.append(stage(maps[-1]))
-        return halved(maps, list(x.shape[2:]))
+        sizes = list(x.shape[2:])
+        if not torch.jit.is_scripting():
+            check_smallest(x)
+        maps: list[Tensor] = []
+        for place, layer in enumerate(self.stem):
+            if place == self.second:
+                maps.append(x)
+            x = layer(x)
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return halved(maps, sizes)
 
     @classmethod
     def get_encoder_names(cls) -> list[str]:
@@ -123,8 +129,9 @@ class VolumeEncoder(SSMEncoder, BaseEncoder):
         super().__init__(in_channels, **ENCODERS[backbone])
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        check_smallest(x)
-        return halved(super().forward(x), list(x.shape[2:]))
+        if not torch.jit.is_scripting():
+            check_smallest(x)
+        return halved(self.maps(x), list(x.shape[2:]))
 
     @classmethod
     def get_encoder_names(cls) -> list[str]:
@@ -155,8 +162,9 @@ def check_smallest(image: Tensor) -> None:
 def halved(maps: list[Tensor], sizes: list[int]) -> list[Tensor]:
     """The maps at 1/2, 1/4, ... of an image of these sizes, without the cells by which they are rounded up."""
     for level, fmap in enumerate(maps):
+        sizes = [size // 2 for size in sizes]
         for axis, size in enumerate(sizes):
-            fmap = fmap.narrow(axis + 2, 0, size // 2 ** (level + 1))
+            fmap = fmap.narrow(axis + 2, 0, size)
         maps[level] = fmap
     return maps
 
