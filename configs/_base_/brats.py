@@ -21,7 +21,7 @@ with read_base():
 data_root = "data/BraTS"
 score = "region_dice/mean"
 classes = ("necrosis", "oedema", "enhancing")
-modalities = ("t1", "t1ce", "t2", "flair")  # of a case to predict, as its files end; since 2023 t1n, t1c, t2w, t2f
+modalities = (("t1", "t1n"), ("t1ce", "t1c"), ("t2", "t2w"), ("flair", "t2f"))  # as files end, to 2021 and since 2023
 regions = dict(whole_tumour=(1, 2, 3), tumour_core=(1, 3), enhancing_tumour=(3,))
 prepare = [
     dict(type=LoadVolumed, classes=((0,), (1,), (2,), (3, 4)), channels=4),  # 4 up to 2021, 3 since 2023

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from vision_ssm.engine.checkpoint import save_weights
 from vision_ssm.engine.config import build, load_config
+from vision_ssm.engine.findings import print_numbers
 from vision_ssm.engine.segmentation.measures import score_samples
 from vision_ssm.engine.segmentation.overlays import overlays, upright
 from vision_ssm.engine.segmentation.samples import Sample, Volumes, folder_samples, test_samples
@@ -294,3 +295,10 @@ def test_a_classifier_is_scored_by_its_own_metrics(tmp_path, capsys):
     assert 0 <= json.loads(out.read_text())["accuracy/top1"] < 0.5
     assert "accuracy/top1" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"w.safetensors", "scores.json"}
+
+
+def test_numbers_stand_apart_from_long_names(capsys):
+    print_numbers(Console(), {"dice": 0.5, "region_dice/enhancing_tumour": 0.25})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [["dice", "0.5000"], ["region_dice/enhancing_tumour", "0.2500"]]
+    assert len({line.index("0.") for line in lines}) == 1

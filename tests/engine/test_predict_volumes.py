@@ -457,6 +457,11 @@ def test_cases_of_several_channels_are_put_together(tmp_path):
     subject = find_cases(tmp_path, ("t1", ("t2w", "t2")))[-1]
     assert [path.name for path in subject.images()] == ["s-t1.nii.gz", "s-t2.nii.gz"]
     assert subject.name == "s"
+    (alone,) = find_cases(tmp_path / "s", ("t1", ("t2w", "t2")))
+    assert (alone.name, alone.images()) == ("s", subject.images())
+    save(tmp_path / "s" / "other.nii.gz", np.zeros((2, 2, 2)))
+    assert [case.name for case in find_cases(tmp_path / "s", ("t1", ("t2w", "t2")))] == ["other", "s"]
+    (tmp_path / "s" / "other.nii.gz").unlink()
     with pytest.raises(ValueError, match=r"holds s-seg\.nii\.gz, .* channels \[0, 0, 0\] of s; .*s_0000"):
         find_cases(tmp_path)[-1].images()
     (tmp_path / "q_0000.nii.gz").unlink()

@@ -14,6 +14,8 @@ import torch
 
 from vision_ssm.data.layouts import acdc_cases, brats_cases, decathlon_cases, one_case, synapse_arrays
 from vision_ssm.data.volumes import LoadVolumed, read_volume
+from vision_ssm.engine.config import load_config
+from vision_ssm.engine.segmentation.cases import find_cases
 from vision_ssm.tools.__main__ import main
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -61,6 +63,22 @@ def test_modalities_come_in_one_order_whatever_their_names(small_set):
     images = [case["image"] for case in brats_cases(str(small_set("brats")), "train", fold=2, folds=3)]
     endings = [[name.removesuffix(".nii.gz").replace("-", "_").rsplit("_", 1)[1] for name in image] for image in images]
     assert endings == [["t1n", "t1c", "t2w", "t2f"], ["t1", "t1ce", "t2", "flair"]]
+
+
+def test_a_folder_to_train_on_is_one_to_label_too(small_set):
+    root = small_set("brats")
+    trained = {
+        str(image)
+        for part in ("train", "test")
+        for case in brats_cases(str(root), part, folds=3)
+        for image in case["image"]
+    }
+    modalities = load_config("medical/brats_umamba").modalities
+    cases = find_cases(root, modalities)
+    assert {str(path) for case in cases for path in case.images()} == trained
+    assert [case.images() for folder in sorted(root.iterdir()) for case in find_cases(folder, modalities)] == [
+        case.images() for case in cases
+    ]
 
 
 def test_frames_of_a_patient_stay_together_and_the_cine_is_not_read(small_set):

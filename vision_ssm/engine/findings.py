@@ -10,7 +10,7 @@ from vision_ssm.engine.config import config_name
 
 __all__ = ["origin", "print_files", "print_numbers"]
 
-WIDTH = 24  # of names
+WIDTH = 24  # of names, or more where one is longer
 
 
 def origin(config: Config, **paths: Path) -> dict[str, str]:
@@ -20,8 +20,9 @@ def origin(config: Config, **paths: Path) -> dict[str, str]:
 
 def print_numbers(console: Console, numbers: Mapping[str, float | str]) -> None:
     """Prints numbers by name, one a line; words say why there is none."""
+    width = max([WIDTH, *(len(name) + 1 for name in numbers)])
     for name, number in numbers.items():
-        console.print(f"{name:{WIDTH}}{number if isinstance(number, str) else f'{number:.4f}'}")
+        console.print(f"{name:{width}}{number if isinstance(number, str) else f'{number:.4f}'}")
 
 
 def print_files(console: Console, out: Path, *beside: Path) -> None:

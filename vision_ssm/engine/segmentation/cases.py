@@ -87,10 +87,14 @@ def subject(folder: Path, modalities: Modalities) -> Case:
 
 
 def grouped(folder: Path, modalities: Modalities) -> dict[str, tuple[tuple[int, Path], ...]]:
-    """Volumes directly in a folder: case -> channels and paths."""
+    """Volumes directly in a folder: case -> channels and paths. NAME_seg beside modalities of NAME is left alone."""
+    found = {path: ending(stem(path), modalities) for path in filter(is_volume, visible(folder))}
+    beside = tuple(f"{case[0]}{joint}" for case in found.values() if case and modalities for joint in "_-")
     groups: dict[str, tuple[tuple[int, Path], ...]] = {}
-    for path in filter(is_volume, visible(folder)):
-        name, channel = ending(stem(path), modalities) or (stem(path), 0)
+    for path, case in found.items():
+        if case is None and stem(path).startswith(beside):
+            continue
+        name, channel = case or (stem(path), 0)
         groups[name] = (*groups.get(name, ()), (channel, path))
     return groups
 
