@@ -22,8 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vision_ssm.engine.benchmark.profile import CONVENTION, profile
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    headings = ("M parameters", "G multiply-adds", "% scans", "MiB kept", "ms inference", "ms step")
-    table = Table(Column("model", no_wrap=True), *(Column(heading, justify="right") for heading in headings))
+    headings = ("params (M)", "mult-adds (G)", "% scans", "MiB kept", "ms infer", "ms step")
+    words = {heading: max(map(len, heading.split())) for heading in headings}  # whole, in a terminal of 80 columns too
+    numbers = (Column(heading, justify="right", min_width=width) for heading, width in words.items())
+    table = Table(Column("model", no_wrap=True), *numbers, box=None, padding=(0, 1, 0, 0))
     console = Console()
     for name in track(args.models, description="measuring", console=console, transient=True):
         costs = profile(name, size=args.size, batch=args.batch, device=device, seconds=args.seconds)

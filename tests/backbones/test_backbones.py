@@ -1,6 +1,7 @@
 """What the backbones compute: sizes, mixers, tokens, official outputs. timm's contract has a file of its own."""
 
 import json
+import re
 import zlib
 from itertools import product
 
@@ -130,8 +131,9 @@ def test_wrong_arguments_say_what_is_accepted():
         timm.create_model("test_vmamba", depths=(1, 1))
     with pytest.raises(ValueError, match="unknown mixer 'scan'"):
         timm.create_model("test_vmamba", mixer="scan")
-    with pytest.raises(ValueError, match="a patch of 16 x 16 pixels; got 8"):
-        timm.create_model("test_vim", img_size=8)
+    for size in (8, (64,), (64, 8), (1, 64, 64)):
+        with pytest.raises(ValueError, match=rf"a patch of 16 x 16 pixels; got {re.escape(str(size))}"):
+            timm.create_model("test_vim", img_size=size)
     for name in SMALLEST:
         with pytest.raises(ValueError, match=r"drop_path_rate must lie between 0 and 1; got 1\.5"):
             timm.create_model(name, drop_path_rate=1.5)

@@ -44,12 +44,13 @@ def test_kept_bytes_are_those_of_activations():
 
 
 def test_the_command_prints_a_table(capsys, monkeypatch):
-    """Of models that are built for one size, too."""
-    monkeypatch.setenv("COLUMNS", "200")
+    """Of models that are built for one size, too; its headings are whole where a name is long."""
+    monkeypatch.setenv("COLUMNS", "80")
     sizes = ["--size", "64", "--seconds", "0.01", "--device", "cpu"]
-    assert main(["profile", "test_vmamba", "test_vit", *sizes]) == 0
+    assert main(["profile", "test_vmamba", "test_vit", "swin_tiny_patch4_window7_224", *sizes]) == 0
     shown = capsys.readouterr().out
-    assert "Multiply-adds" in shown and "test_vmamba" in shown and "test_vit" in shown
+    words = ["Multiply-adds", "test_vmamba", "test_vit", "swin_tiny_patch4_window7_224"]
+    assert all(word in shown for word in (*words, "params", "mult-adds", "scans", "kept", "infer", "step"))
 
 
 def test_time_is_needed(capsys):
@@ -58,5 +59,5 @@ def test_time_is_needed(capsys):
 
 
 def test_unknown_model_says_so(capsys):
-    assert main(["profile", "vmamba_huge", "--device", "cpu"]) != 0
-    assert "vmamba_huge" in capsys.readouterr().err
+    assert main(["profile", "vmamba_huge", "--device", "cpu"]) == 2
+    assert "Unknown model (vmamba_huge)" in capsys.readouterr().err

@@ -125,9 +125,12 @@ class Vim(Plain):
         step = patch_size if stride is None else stride
         if step < 1:
             raise ValueError(f"stride must be at least 1; got {step}")
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if min(height, width) < patch_size:
-            raise ValueError(f"img_size must hold a patch of {patch_size} x {patch_size} pixels; got {img_size}")
+        sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if len(sides) != 2 or min(sides) < patch_size:
+            raise ValueError(
+                "img_size must be a side, or a height and a width, that hold a patch of "
+                f"{patch_size} x {patch_size} pixels; got {img_size}"
+            )
         rates = drop_path_rates((depth,), drop_path_rate)
         blocks = [VimBlock(dim, state=state, mixer=mixer, drop_path=next(rates)) for _ in range(depth)]
         super().__init__(
@@ -141,7 +144,7 @@ class Vim(Plain):
             stride=step,
             drop_rate=drop_rate,
         )
-        grid = (height - patch_size) // step + 1, (width - patch_size) // step + 1
+        grid = (sides[0] - patch_size) // step + 1, (sides[1] - patch_size) // step + 1
         self.positions = Positions(grid)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(grid) + 1, dim))

@@ -15,7 +15,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 
 from vision_ssm.kernels import linear_scan, routed_scan, selective_scan, ssd_scan
@@ -242,7 +241,8 @@ def _side_stream() -> torch.cuda.Stream:
 
 def create(name: str, size: int, **options: Any) -> nn.Module:
     """The timm model for images of ``size``; those that are built for one size are told it."""
-    told: dict[str, Any] = {"img_size": size} if get_pretrained_cfg_value(name, "fixed_input_size") else {}
+    config = timm.get_pretrained_cfg(name)
+    told: dict[str, Any] = {"img_size": size} if config is not None and config.fixed_input_size else {}
     return timm.create_model(name, **told, **options)
 
 
