@@ -1,15 +1,18 @@
 import json
+import re
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 from official_files import layouts
+from official_shapes import PUBLISHED
 from torch.testing import assert_close
 
 import vision_ssm  # noqa: F401  registers the models
 from vision_ssm import model_zoo
 from vision_ssm.engine.zoo.published import convert_file
+from vision_ssm.model_zoo.catalogue import cards
 from vision_ssm.model_zoo.converters import rename_keys
 
 SPELLINGS = {  # what older official files call the same parts
@@ -171,3 +174,33 @@ def test_code_in_a_checkpoint_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="cannot be read"):
         model_zoo.load(small(), tmp_path / "evil.pth")
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_variant_is_the_one_of_the_fact_sheets(name):
+    """Those without a golden file too: each official key has its place, and no place is left."""
+    official = {key: torch.empty(shape, device="meta") for key, shape in PUBLISHED[name]().items()}
+    ours = model_zoo.convert(official, name)
+    assert len(ours) == len(official)
+    strides = timm.create_model(name, device="meta").feature_info[0]["reduction"]
+    assert strides == (4 if "vmamba" in name else 8 if name.endswith("stride8") else 16)
+
+
+def test_every_published_variant_has_its_card_and_its_official_shapes(parity):
+    assert sorted(PUBLISHED) == sorted(card.model for card in cards())
+    for path in parity.glob("*.json"):
+        facts = json.loads(path.read_text())
+        assert PUBLISHED[path.stem]() == {entry["key"]: tuple(entry["shape"]) for entry in facts["params"]}
+
+
+def test_sizes_are_those_of_the_fact_sheets(parity):
+    table = re.findall(
+        r"^\| ([\w, -]+) \| ([\d ]+) \| .* \| ([\d.]+) G \|", (parity / "architectures.md").read_text(), re.M
+    )
+    rows = {{"Vim-tiny, stride 8": "vim_tiny_stride8"}.get(name, name): sizes for name, *sizes in table}
+    assert len(rows) == 10
+    for card in cards():
+        if card.model in rows:
+            parameters, billions = rows[card.model]
+            assert card.parameters == int(parameters.replace(" ", ""))
+            assert card.multiply_adds == pytest.approx(1e9 * float(billions), rel=0.01)
