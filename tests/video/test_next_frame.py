@@ -305,6 +305,8 @@ def test_bad_input_is_refused():
         model(clip, state=torch.zeros(2, 2, 2, 2, 2, 2))
     with pytest.raises(ValueError, match=r"numbers from -1 to 1; got torch\.uint8"):
         model(clip.to(torch.uint8))
+    with pytest.raises(ValueError, match=r"frames are torch\.float64, the model's weights torch\.float32; convert"):
+        model.stream(clip.double())
     for widths in ((32, 40), (32, 0)):
         with pytest.raises(ValueError, match="multiples of 32"):
             small(encoder=widths)

@@ -166,6 +166,9 @@ class NextFrame(NextMap):
 
     def check_maps(self, maps: Tensor) -> None:
         check_frames(maps, self.channels, self.stride)
+        dtype = self.join.weight.dtype
+        if torch.float64 in (maps.dtype, dtype) and maps.dtype != dtype:  # as NumPy makes them; autocast leaves them
+            raise ValueError(f"the frames are {maps.dtype}, the model's weights {dtype}; convert the frames")
 
     def choose(self, prediction: Tensor) -> Tensor:
         return prediction
