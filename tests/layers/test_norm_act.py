@@ -68,9 +68,15 @@ def test_the_output_block_is_its_parts_in_turn(fused):
     assert fused == ["gelu_tanh", "gelu_tanh"]
 
 
-def test_doubled_maps_keep_their_dtype():
-    x = torch.randn(1, 2, 3, 4, dtype=torch.bfloat16)
+def test_doubled_maps_keep_their_dtype_and_layout():
+    x = torch.randn(1, 2, 3, 4, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
-        y = Doubling(scale_factor=2)(x)
+        y = Doubling()(x)
     assert y.dtype == torch.bfloat16
+    assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(y, x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+
+
+def test_doubled_maps_and_gradients_are_pytorchs():
+    x = maps(2, 3, 4, 5)
+    assert_close(trained(Doubling(), x), trained(nn.UpsamplingNearest2d(scale_factor=2), x), rtol=1e-12, atol=1e-12)

@@ -54,12 +54,16 @@ class ResNetUnit(nn.Module):
         return torch.add(self.skip(x), inner, alpha=0.1)
 
 
-class Doubling(nn.UpsamplingNearest2d):
-    """Maps in their own dtype: autocast would widen them to float32 four times as large, though copies are exact."""
+class Doubling(nn.Module):
+    """Each cell as four, in the maps' own dtype: autocast would widen those of ``nn.UpsamplingNearest2d`` to float32.
+
+    Shapes: (n, c, h, w) -> (n, c, 2 h, 2 w), channels last.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x)
+        n, c, h, w = x.shape
+        cells = x.movedim(1, -1)[:, :, None, :, None].expand(n, h, 2, w, 2, c)
+        return cells.reshape(n, 2 * h, 2 * w, c).movedim(-1, 1)
 
 
 class CellNorm(nn.LayerNorm):
@@ -87,7 +91,7 @@ def frame_decoder(dim: int, widths: Sequence[int], units: int, channels: int) ->
     before = widths[0]
     for width in reversed(widths):
         if len(parts) > 1:
-            parts.append(Doubling(scale_factor=2))
+            parts.append(Doubling())
         parts += [ResNetUnit(before, width), *(ResNetUnit(width, width) for _ in range(units - 1))]
         before = width
     return nn.Sequential(*parts, CellNorm(before, eps=EPS), nn.Conv2d(before, channels, 1))
