@@ -492,6 +492,8 @@ def test_what_cannot_be_predicted_is_one_line(bands, folder, tmp_path, capsys):
     assert "must end in .nii" in refused(capsys, *command, image, tmp_path / "out.png")
     assert "cannot write to" in refused(capsys, *command, folder, bands / "out")
     assert "cannot write to /proc" in refused(capsys, *command, image, "/proc/out.nii.gz")
+    swapped = refused(capsys, "predict", BANDS, image, bands, tmp_path / "out.nii")
+    assert "another kind of file" in swapped and "weights_only" not in swapped
     slices = tmp_path / "series"
     save_series(slices, truth())
     assert "give the folder that holds them all" in refused(capsys, *command, slices / "000.dcm", tmp_path / "out.nii")

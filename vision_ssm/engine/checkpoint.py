@@ -7,6 +7,7 @@ allow-list; published weights are safetensors with metadata.
 import json
 import math
 import os
+import pickle
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -119,7 +120,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError(f"{damaged} was changed after it was written")  # torch.load compares no checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (*UNREADABLE, BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to read it unsafely
+            reason = "it holds more than tensors and built-in types, or is another kind of file"
+        else:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path} is truncated or no checkpoint ({reason}); use an earlier one, as --resume previous does"
         ) from error
