@@ -53,7 +53,8 @@ def pair_kernel(
 ):  # fmt: skip
     """The outputs of route AHEAD and of its reverse, BACK, for PIECE blocks, from the states before each block.
 
-    Adds to y if ADD; unless LAST, ``rest`` holds what y's dtype cannot, so that sums are rounded once. One state.
+    Adds to y if ADD; unless LAST, y and ``rest`` hold the halves of a float32, so that sums are rounded once.
+    One state.
     """
     CHANNELS, columns = CHANNELS // 8 * 8, COLUMNS // ALIGN * ALIGN
     half: gl.constexpr = x.dtype.element_ty

@@ -25,8 +25,6 @@ _SOURCE = Path(__file__)
 
 def measure(work: Mapping[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, Timing]:
     """Times several pieces of work in turns, each for about ``seconds`` in all, after warming up."""
-    if device.type == "cuda":
-        torch._C._cuda_clearCublasWorkspaces()  # those of earlier work, 32 MiB for every stream
     peaks = {name: _peak_mib(run, device) for name, run in work.items()}
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(_ROUNDS):
@@ -112,7 +110,10 @@ def _timing(times_ms: list[float], peak_mib: float | None, clock_mhz: int | None
 
 
 def _peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
-    """Highest device memory of a warm run; None on a CPU, where torch does not count it."""
+    """Highest device memory of a warm run; None on a CPU, where torch does not count it.
+
+    Without the workspaces of cuBLAS, 32 MiB for every stream and thread of a process, whatever it multiplies.
+    """
     run()
     if device.type != "cuda":
         return None
@@ -120,7 +121,9 @@ def _peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
     torch.cuda.reset_peak_memory_stats(device)
     run()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / 2**20
+    peak, held = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    return (peak - held + torch.cuda.memory_allocated(device)) / 2**20
 
 
 def _clock_mhz(device: torch.device) -> int | None:
