@@ -312,25 +312,20 @@ def direction(low_s, u, cell_m, w, shift, decay, h, RANK: gl.constexpr, REVERSE:
 
 @gluon.jit
 def store_output(
-    y, rest, old, cell, pitch, left, out, ADD: gl.constexpr, LAST: gl.constexpr, W: gl.constexpr
+    partial, y, old, cell, pitch, left, out, ADD: gl.constexpr, LAST: gl.constexpr, W: gl.constexpr
 ):  # fmt: skip
-    """Writes a block's outputs, with the ``old`` ones if ADD, to y. Unless LAST they stay float32: its upper half in y,
-    its lower half in ``rest``."""
+    """Writes a block's outputs, with the ``old`` ones if ADD, to y if LAST, else to ``partial``."""
     Y: gl.constexpr = by_rows(out.shape[1], 4, W)
-    half: gl.constexpr = y.dtype.element_ty
     out = gl.convert_layout(out, Y)
     if ADD:
-        upper, lower = old[0].load(Y).to(gl.int16, bitcast=True), old[1].load(Y).to(gl.int16, bitcast=True)
-        out += ((upper.to(gl.int32) << 16) | (lower.to(gl.int32) & 0xFFFF)).to(gl.float32, bitcast=True)
+        out += old.load(Y)
     o_c = gl.arange(0, out.shape[1], gl.SliceLayout(0, Y))
     mask = (cell >= 0)[:, None] & (o_c < left)[None, :]
     o_y = (cell * pitch)[:, None] + o_c[None, :]
     if LAST:
-        gl.store(y + o_y, out.to(half), mask)
+        gl.store(y + o_y, out.to(y.dtype.element_ty), mask)
     else:
-        bits = out.to(gl.int32, bitcast=True)
-        gl.store(y + o_y, (bits >> 16).to(gl.int16).to(half, bitcast=True), mask)
-        gl.store(rest + o_y, bits.to(gl.int16).to(half, bitcast=True), mask)
+        gl.store(partial + o_y, out, mask)
 
 
 @gluon.jit

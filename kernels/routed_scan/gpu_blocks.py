@@ -29,8 +29,9 @@ try:
 except (ImportError, AttributeError):  # a Triton before 3.6
     HAS_GLUON = False
 
-_SCRATCH = {"forward": 320 * 2**20, "backward": 512 * 2**20, "backward, pairs": 64 * 2**20}
-"""Bytes of scratch memory, twice as many for several states; a batch that needs more is done in parts."""
+_SCRATCH = {"forward": 320 * 2**20, "backward": 512 * 2**20, "backward, pairs": 64 * 2**20, "sums": 160 * 2**20}
+"""Bytes of scratch memory, twice as many for several states; a batch that needs more is done in parts. Sums of pairs
+are made in parts of their own, smaller ones: their blocks are independent, so that few samples fill the device."""
 
 _WALKS = 4
 """Warps per multiprocessor from which on routes are not cut; with fewer, they are cut to have twice as many."""
@@ -127,14 +128,15 @@ def _whole(route: Route, grid: tuple[int, ...]) -> bool:
 
 
 class _Part(NamedTuple):
-    """Samples that go together, and the routes cut for them. Programs of pairs take ``piece`` blocks each, or segments
-    in a backward."""
+    """Samples that go together, and the routes cut for them. Programs of pairs take ``piece`` blocks each, of ``group``
+    samples at a time, or segments in a backward."""
 
     samples: slice
     batch: int
     segments: int
     segment: int
     piece: int
+    group: int
     order: Tensor
 
 
@@ -224,21 +226,25 @@ class _Call:
                 pieces = min(range(pieces, pieces + ceil_div(pieces, 4)), key=lambda n: n * ceil_div(steps, n))
             segment = ceil_div(steps, pieces) * STEPS
             segments = ceil_div(self.length, segment)
-            each = ceil_div(_PIECES * units, warps)
+            group = count
+            if self.pairs and len(self.pairs) > 1 and not gradient:
+                group = min(count, max(1, _SCRATCH["sums"] // (4 * self.cells * self.channels)))
+                group = ceil_div(count, ceil_div(count, group))
+            each = ceil_div(_PIECES * units, group * self.blocks * self.warps)
             piece = ceil_div(segments, each) if gradient else max(4, segments * segment // STEPS // each)
             order = order_table(routes, grid, segments * segment, device)
-            yield _Part(samples, count, segments, segment, piece, order)
+            yield _Part(samples, count, segments, segment, piece, group, order)
 
     def _scratch(self, backward: bool, steps: int) -> int:
         """Bytes of scratch memory that a sample needs: partial maps, states before each block, partial gradients."""
         columns = self.blocks * self.cells * self.columns if backward and self.blocks > 1 else 0
         if backward and self.pairs:
             return 2 * columns + 4 * sum(self.weights) * ceil_div(steps, _KEPT)
-        values = self.cells * self.channels
-        floats = columns + (0 if self.direct or self.pairs else self.routes * values)
+        maps = 0 if self.direct or self.pairs else self.routes
+        floats = maps * self.cells * self.channels + columns
         if backward or self.pairs:
             floats += self.routes * steps * self.state * self.channels
-        return 4 * floats + (2 * values if self.pairs and len(self.pairs) > 1 else 0)
+        return 4 * floats
 
     def launch(
         self, part: _Part, kernel: Any, grid: tuple[int, ...], *tensors: Tensor, numbers: tuple[int, ...] = (),
@@ -379,22 +385,25 @@ def _forward_pairs(
     assert call.pairs is not None
     blocks = part.segments * part.segment // STEPS
     small = part.segments == 1 and blocks <= _KEPT
-    rest = torch.empty_like(x) if len(call.pairs) > 1 else x
-    if not small:
-        history, prefix, state, _ = _trace(call, part, x, None, low_rank, dt_weight, dt_bias, A, D)
-        pieces = ceil_div(blocks, part.piece)
-    for place, (ahead, back) in enumerate(call.pairs):
-        numbers, flags = (ahead, back, part.piece), {"ADD": place > 0, "LAST": place == len(call.pairs) - 1}
-        if small:
+    partial = A
+    if len(call.pairs) > 1:
+        partial = x.new_empty(part.batch if small else part.group, *x.shape[1:], dtype=torch.float32)
+    pairs = [(pair, {"ADD": i > 0, "LAST": i == len(call.pairs) - 1}) for i, pair in enumerate(call.pairs)]
+    if small:
+        for pair, flags in pairs:
             call.launch(
                 part, pair_walk_kernel, (part.batch * call.blocks,),
-                x, low_rank, dt_weight, dt_bias, A, D, part.order, rest, y, numbers=numbers, **flags,
+                x, low_rank, dt_weight, dt_bias, A, D, part.order, partial, y, numbers=(*pair, part.piece), **flags,
             )  # fmt: skip
-        else:
+        return
+    history, prefix, state, _ = _trace(call, part, x, None, low_rank, dt_weight, dt_bias, A, D)
+    for first in range(0, part.batch, part.group):
+        programs = min(part.group, part.batch - first) * ceil_div(blocks, part.piece) * call.blocks
+        for pair, flags in pairs:
             call.launch(
-                part, pair_kernel, (part.batch * pieces * call.blocks,),
-                x, low_rank, dt_weight, dt_bias, A, D, part.order, state, history, prefix, rest, y,
-                numbers=numbers, **flags, SPLIT=part.segments > 1,
+                part, pair_kernel, (programs,),
+                x, low_rank, dt_weight, dt_bias, A, D, part.order, state, history, prefix, partial, y,
+                numbers=(*pair, part.piece, first, part.batch), **flags, SPLIT=part.segments > 1,
             )  # fmt: skip
 
 

@@ -44,17 +44,17 @@ from .gpu_block_parts import (
 _SIZES = ["CELLS", "COLUMNS", "SEGMENT", "SEGMENTS", "AHEAD", "BACK", "PIECE"]  # no kernel is compiled for them
 
 
-@gluon.jit(do_not_specialize=_SIZES)
+@gluon.jit(do_not_specialize=[*_SIZES, "FIRST", "SAMPLES"])
 def pair_kernel(
-    x, low_rank, weight, bias, A, skips, order, start, history, prefix, rest, y,
-    CELLS, CHANNELS, COLUMNS, SEGMENT, SEGMENTS, AHEAD, BACK, PIECE,
+    x, low_rank, weight, bias, A, skips, order, start, history, prefix, partial, y,
+    CELLS, CHANNELS, COLUMNS, SEGMENT, SEGMENTS, AHEAD, BACK, PIECE, FIRST, SAMPLES,
     RANK: gl.constexpr, R: gl.constexpr, D: gl.constexpr, ALIGN: gl.constexpr,
     ADD: gl.constexpr, LAST: gl.constexpr, SPLIT: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """The outputs of route AHEAD and of its reverse, BACK, for PIECE blocks, from the states before each block.
 
-    Adds to y if ADD; unless LAST, y and ``rest`` hold the halves of a float32, so that sums are rounded once.
-    One state.
+    Does some of SAMPLES, from FIRST on, which ``partial`` holds alone. Adds it if ADD; stores the sum to y if LAST,
+    else to ``partial``. One state.
     """
     CHANNELS, columns = CHANNELS // 8 * 8, COLUMNS // ALIGN * ALIGN
     half: gl.constexpr = x.dtype.element_ty
@@ -65,12 +65,12 @@ def pair_kernel(
     count = SEGMENTS * per_segment
     pieces, blocks = gl.cdiv(count, PIECE), gl.cdiv(CHANNELS, D)
     d0, piece = gl.program_id(0) % blocks * D, gl.program_id(0) // blocks % pieces
-    sample, samples = gl.program_id(0) // blocks // pieces, gl.num_programs(0) // blocks // pieces
-    parts, left = samples * SEGMENTS, CHANNELS - d0
+    own = gl.program_id(0) // blocks // pieces
+    sample, parts, left = FIRST + own, SAMPLES * SEGMENTS, CHANNELS - d0
     order += AHEAD * SEGMENTS * SEGMENT
     x += sample.to(gl.int64) * CELLS * CHANNELS + d0
     low_rank += sample.to(gl.int64) * CELLS * columns
-    rest += sample.to(gl.int64) * CELLS * CHANNELS + d0
+    partial += own.to(gl.int64) * CELLS * CHANNELS + d0
     y += sample.to(gl.int64) * CELLS * CHANNELS + d0
     o_d = gl.arange(0, D, gl.SliceLayout(0, L))
     m_d = o_d < left
@@ -89,8 +89,7 @@ def pair_kernel(
     xs = gl.allocate_shared_memory(half, [STAGES, T, D], shared([1, 0]))
     lows_ahead = gl.allocate_shared_memory(half, [STAGES, T, R], shared([1, 0]))
     lows_back = gl.allocate_shared_memory(half, [STAGES, T, R], shared([1, 0]))
-    olds = gl.allocate_shared_memory(half, [STAGES, T, D], shared([1, 0]))
-    rests = gl.allocate_shared_memory(half, [STAGES, T, D], shared([1, 0]))
+    olds = gl.allocate_shared_memory(gl.float32, [STAGES, T, D], shared([1, 0]))
     before_ahead, before_back = room_before(D), room_before(D)
     sources = history, prefix, start
     begin = piece * PIECE
@@ -106,8 +105,7 @@ def pair_kernel(
         fetch_rows(lows_ahead.index(slot_a), low_rank + AHEAD * (RANK + 2), cells_a, columns, RANK + 2, ALIGN, W)
         fetch_rows(lows_back.index(slot_a), low_rank + BACK * (RANK + 2), cells_a, columns, RANK + 2, ALIGN, W)
         if ADD:
-            fetch_rows(olds.index(slot_a), y, cells_a, CHANNELS, left, 8, W)
-            fetch_rows(rests.index(slot_a), rest, cells_a, CHANNELS, left, 8, W)
+            fetch_rows(olds.index(slot_a), partial, cells_a, CHANNELS, left, 4, W)
         block = gl.minimum(begin + ahead, count - 1)
         segment, within = block // per_segment, block % per_segment
         segment_ahead = AHEAD.to(gl.int64) * parts + sample * SEGMENTS + segment
@@ -133,14 +131,13 @@ def pair_kernel(
                 lows_back.index(slot), u, cells_of(cells, i, M), w_back, shift_back, decay_back, h_back, RANK, True, W
             )
             out += one
-            old = olds.index(slot), rests.index(slot)
-            store_output(y, rest, old, cells_of(cells, i, Y), CHANNELS, left, out, ADD, LAST, W)
+            store_output(partial, y, olds.index(slot), cells_of(cells, i, Y), CHANNELS, left, out, ADD, LAST, W)
     async_copy.wait_group(0)
 
 
 @gluon.jit(do_not_specialize=_SIZES)
 def pair_walk_kernel(
-    x, low_rank, weight, bias, A, skips, order, rest, y,
+    x, low_rank, weight, bias, A, skips, order, partial, y,
     CELLS, CHANNELS, COLUMNS, SEGMENT, SEGMENTS, AHEAD, BACK, PIECE,
     RANK: gl.constexpr, R: gl.constexpr, D: gl.constexpr, ALIGN: gl.constexpr,
     BLOCKS: gl.constexpr, ADD: gl.constexpr, LAST: gl.constexpr, W: gl.constexpr,
@@ -157,7 +154,7 @@ def pair_walk_kernel(
     left = CHANNELS - d0
     order += AHEAD * SEGMENT
     x += sample.to(gl.int64) * CELLS * CHANNELS + d0
-    rest += sample.to(gl.int64) * CELLS * CHANNELS + d0
+    partial += sample.to(gl.int64) * CELLS * CHANNELS + d0
     y += sample.to(gl.int64) * CELLS * CHANNELS + d0
     low_rank += sample.to(gl.int64) * CELLS * columns
     low_ahead, low_back = low_rank + AHEAD * (RANK + 2), low_rank + BACK * (RANK + 2)
@@ -178,8 +175,7 @@ def pair_walk_kernel(
     xs = gl.allocate_shared_memory(half, [STAGES, T, D], shared([1, 0]))
     lows_ahead = gl.allocate_shared_memory(half, [STAGES, T, R], shared([1, 0]))
     lows_back = gl.allocate_shared_memory(half, [STAGES, T, R], shared([1, 0]))
-    olds = gl.allocate_shared_memory(half, [STAGES, T, D], shared([1, 0]))
-    rests = gl.allocate_shared_memory(half, [STAGES, T, D], shared([1, 0]))
+    olds = gl.allocate_shared_memory(gl.float32, [STAGES, T, D], shared([1, 0]))
     states = gl.allocate_shared_memory(gl.float32, [BLOCKS, D], shared([0]))
 
     h = gl.zeros([D], gl.float32, CL)
@@ -214,8 +210,7 @@ def pair_walk_kernel(
         fetch_rows(lows_ahead.index(slot_a), low_ahead, cells_a, columns, RANK + 2, ALIGN, W)
         fetch_rows(lows_back.index(slot_a), low_back, cells_a, columns, RANK + 2, ALIGN, W)
         if ADD:
-            fetch_rows(olds.index(slot_a), y, cells_a, CHANNELS, left, 8, W)
-            fetch_rows(rests.index(slot_a), rest, cells_a, CHANNELS, left, 8, W)
+            fetch_rows(olds.index(slot_a), partial, cells_a, CHANNELS, left, 4, W)
         fetch_cells(cells, ahead + STAGES - 1, order, gl.maximum(count - ahead - STAGES, 0), W)
         async_copy.commit_group()
         if i >= 0:
@@ -230,8 +225,7 @@ def pair_walk_kernel(
             one, h = direction(lows_back.index(slot), u, cell_m, w_back, shift_back, decay_back, h, RANK, True, W)
             out += one
             cell = cells_of(cells, i, by_rows(D, 4, W))
-            old = olds.index(slot), rests.index(slot)
-            store_output(y, rest, old, cell, CHANNELS, left, out, ADD, LAST, W)
+            store_output(partial, y, olds.index(slot), cell, CHANNELS, left, out, ADD, LAST, W)
     async_copy.wait_group(0)
 
 

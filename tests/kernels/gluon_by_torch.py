@@ -23,9 +23,6 @@ class Tile(torch.Tensor):
 
     type = types.SimpleNamespace(layout=None)  # where it lies in them, which is not followed
 
-    def to(self, dtype: torch.dtype, bitcast: bool = False) -> "Tile":
-        return self.view(dtype) if bitcast else super().to(dtype)
-
 
 def tile(value: Any, dtype: torch.dtype | None = None) -> Tile:
     return torch.as_tensor(value, dtype=dtype).as_subclass(Tile)
@@ -150,7 +147,7 @@ class Machine:
 
     def language(self) -> types.ModuleType:
         gl = types.ModuleType("language")
-        for name in ("float16", "bfloat16", "float32", "int16", "int32", "int64"):
+        for name in ("float16", "bfloat16", "float32", "int32", "int64"):
             setattr(gl, name, getattr(torch, name))
         for name in (
             "BlockedLayout",

@@ -54,6 +54,7 @@ def launch(self, *tensors):
     [
         pytest.param(Case(2, (5, 7), 96, 1, 6, CROSS), torch.float16, 1, 2**30, id="pairs"),
         pytest.param(Case(1, (12, 11), 64, 1, 12, CROSS), torch.bfloat16, 8, 2**30, id="pairs, cut"),
+        pytest.param(Case(3, (12, 11), 8, 1, 2, CROSS), torch.float16, 8, 2**13, id="pairs, cut, sample by sample"),
         pytest.param(Case(1, (2, 3, 4), 8, 1, 2, AXIAL_3D), torch.float16, 1, 2**30, id="three pairs"),
         pytest.param(Case(1, (6, 8, 6), 8, 1, 2, AXIAL_3D), torch.bfloat16, 1, 2**30, id="three pairs, many blocks"),
         pytest.param(Case(2, (6, 4), 40, 1, 2, BIDIRECTIONAL), torch.float16, 1, 2**30, id="one pair, ragged channels"),
