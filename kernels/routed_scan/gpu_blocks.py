@@ -29,15 +29,18 @@ try:
 except (ImportError, AttributeError):  # a Triton before 3.6
     HAS_GLUON = False
 
-_SCRATCH = {"forward": 320 * 2**20, "backward": 512 * 2**20, "backward, pairs": 64 * 2**20, "sums": 160 * 2**20}
+_SCRATCH = {"forward": 320 * 2**20, "backward": 512 * 2**20, "backward, pairs": 112 * 2**20, "sums": 160 * 2**20}
 """Bytes of scratch memory, twice as many for several states; a batch that needs more is done in parts. Sums of pairs
 are made in parts of their own, smaller ones: their blocks are independent, so that few samples fill the device."""
 
 _WALKS = 4
 """Warps per multiprocessor from which on routes are not cut; with fewer, they are cut to have twice as many."""
 
-_PIECES = 12
-"""Warps per multiprocessor that the blocks of a pair are shared out to."""
+_PIECE = 25
+"""Blocks of a pair at most that a program does one after the other; fewer while a multiprocessor has not 8 warps."""
+
+_ROWS = 1024
+"""Rows at most of partial gradients of the weights; where there would be more, programs do several segments each."""
 
 _SHORTEST = 64
 """Steps of a segment at least."""
@@ -230,8 +233,12 @@ class _Call:
             if self.pairs and len(self.pairs) > 1 and not gradient:
                 group = min(count, max(1, _SCRATCH["sums"] // (4 * self.cells * self.channels)))
                 group = ceil_div(count, ceil_div(count, group))
-            each = ceil_div(_PIECES * units, group * self.blocks * self.warps)
-            piece = ceil_div(segments, each) if gradient else max(4, segments * segment // STEPS // each)
+            if gradient:
+                piece = min(segments, ceil_div(count * segments, _ROWS))
+            else:
+                blocks = segments * segment // STEPS
+                piece = min(_PIECE, max(4, blocks * group * self.blocks * self.warps // (8 * units)))
+                piece = ceil_div(blocks, ceil_div(blocks, piece))  # alike, so that all end together
             order = order_table(routes, grid, segments * segment, device)
             yield _Part(samples, count, segments, segment, piece, group, order)
 
