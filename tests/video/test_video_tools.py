@@ -364,6 +364,7 @@ def test_bad_clips_are_one_line_and_leave_nothing(weights, clip, tmp_path, capsy
     assert "must be a video that ends in .mp4" in fails(clip, target=out.with_suffix(".nii"))
     assert "no such file" in fails(tmp_path / "absent.npy")
     assert "no such video" in fails(tmp_path / "absent.mp4")
+    assert "is a folder; give one clip at a time" in fails(tmp_path)
     (tmp_path / "text.mp4").write_text("no video")
     assert "text.mp4 is no video" in fails(tmp_path / "text.mp4")
     write_video(tmp_path / "short.mkv", torch.zeros(1, 1, 16, 16), 5)

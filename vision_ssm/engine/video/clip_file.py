@@ -42,6 +42,8 @@ def open_clip(path: Path, config: Config, channels: int) -> Clip:
         FileNotFoundError, ValueError: the file is missing, unreadable or truncated, or no clip. Of frames that are read
             later, too: they are damaged, differ in size, or hold values beyond.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give one clip at a time, a video or an array (.npy)")
     if path.suffix != ".npy":
         video = index_video(path)
         size = frame_size(config)
