@@ -195,7 +195,8 @@ def test_checkpoints_that_are_not_there(tmp_path):
     (tmp_path / "iter_10.pth").touch()
     with pytest.raises(FileNotFoundError, match=r"iter_10\.pth is the only checkpoint in .*; there is none before"):
         find_checkpoint(tmp_path, "previous")
-    (tmp_path / "iter_9.pth").touch()
+    for name in ("iter_9.pth", "iter_10 (copy).pth", "iter_best.pth"):
+        (tmp_path / name).touch()
     assert [find_checkpoint(tmp_path, which).name for which in ("latest", "previous")] == ["iter_10.pth", "iter_9.pth"]
     with pytest.raises(FileNotFoundError, match="no such checkpoint: previuos"):
         find_checkpoint(tmp_path, "previuos")
@@ -222,6 +223,13 @@ def test_a_checkpoint_that_a_run_cannot_go_on_from(spoil, message, whole, tmp_pa
     with pytest.raises(ValueError, match=message):
         runner.load_checkpoint(str(tmp_path / "iter_4.pth"))
     assert_close(list(runner.model.parameters()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("state", [[1], {1: torch.ones(1)}, {"net.weight": 1.0}], ids=["list", "numbers", "no tensor"])
+def test_a_state_dict_of_something_else(state, tmp_path):
+    torch.save({"state_dict": state}, tmp_path / "iter_1.pth")
+    with pytest.raises(ValueError, match=r"iter_1\.pth has no state_dict of tensors"):
+        read_checkpoint(tmp_path / "iter_1.pth")
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -98,9 +98,10 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     if which not in ("latest", "previous"):
         require_file(Path(which))
         return Path(which)
-    found = sorted(folder.glob("iter_*.pth"), key=lambda path: int(path.stem.removeprefix("iter_")))
+    steps = {path.stem.removeprefix("iter_"): path for path in folder.glob("iter_*.pth")}
+    found = [steps[step] for step in sorted(filter(str.isdecimal, steps), key=int)]  # a copy has another name
     if not found:
-        raise FileNotFoundError(f"no checkpoint iter_*.pth in {folder}, so nothing to resume; start without --resume")
+        raise FileNotFoundError(f"no checkpoint iter_N.pth in {folder}, so nothing to resume; start without --resume")
     if which == "latest":
         return found[-1]
     if len(found) == 1:
@@ -127,8 +128,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is truncated or no checkpoint ({reason}); use an earlier one, as --resume previous does"
         ) from error
-    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} has no state_dict; give a checkpoint that `vision-ssm train` wrote, or .safetensors")
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and torch.is_tensor(m) for key, m in state.items()
+    ):
+        raise ValueError(
+            f"{path} has no state_dict of tensors; give a checkpoint that `vision-ssm train` wrote, or .safetensors"
+        )
     return dict(checkpoint)
 
 
