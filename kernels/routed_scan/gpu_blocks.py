@@ -40,7 +40,7 @@ _PIECE = 25
 """Blocks of a pair at most that a program does one after the other; fewer while a multiprocessor has not 8 warps."""
 
 _ROWS = 1024
-"""Rows at most of partial gradients of the weights; where there would be more, programs do several segments each."""
+"""Rows of partial gradients of the weights, one of each program: where segments are more, programs do several each."""
 
 _SHORTEST = 64
 """Steps of a segment at least."""
@@ -400,7 +400,7 @@ def _forward_pairs(
         for pair, flags in pairs:
             call.launch(
                 part, pair_walk_kernel, (part.batch * call.blocks,),
-                x, low_rank, dt_weight, dt_bias, A, D, part.order, partial, y, numbers=(*pair, part.piece), **flags,
+                x, low_rank, dt_weight, dt_bias, A, D, part.order, partial, y, numbers=pair, **flags,
             )  # fmt: skip
         return
     history, prefix, state, _ = _trace(call, part, x, None, low_rank, dt_weight, dt_bias, A, D)

@@ -138,7 +138,7 @@ def pair_kernel(
 @gluon.jit(do_not_specialize=_SIZES)
 def pair_walk_kernel(
     x, low_rank, weight, bias, A, skips, order, partial, y,
-    CELLS, CHANNELS, COLUMNS, SEGMENT, SEGMENTS, AHEAD, BACK, PIECE,
+    CELLS, CHANNELS, COLUMNS, SEGMENT, SEGMENTS, AHEAD, BACK,
     RANK: gl.constexpr, R: gl.constexpr, D: gl.constexpr, ALIGN: gl.constexpr,
     BLOCKS: gl.constexpr, ADD: gl.constexpr, LAST: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip

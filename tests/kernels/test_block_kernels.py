@@ -72,7 +72,12 @@ def launch(self, *tensors):
 def test_values_and_gradients(case, dtype, units, scratch, monkeypatch):
     monkeypatch.setattr(gpu_blocks, "multiprocessors", lambda device: units)
     monkeypatch.setattr(gpu_blocks, "_SCRATCH", dict.fromkeys(gpu_blocks._SCRATCH, scratch))
-    inputs = list(make_inputs(case, dtype, CPU).values())
+    compare(case, list(make_inputs(case, dtype, CPU).values()))
+
+
+def compare(case, inputs):
+    """Asserts that values and gradients are those of the reference."""
+    dtype = inputs[0].dtype
     y = gpu_blocks.forward(*inputs, case.routes)
     dy = torch.randn(y.shape).to(dtype)
     grads = gpu_blocks.backward(dy, *inputs, case.routes)
@@ -83,6 +88,19 @@ def test_values_and_gradients(case, dtype, units, scratch, monkeypatch):
     tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     for found, wanted in zip((y, *grads), (expected, *torch.autograd.grad(expected, leaves, dy.double())), strict=True):
         assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize(("rows", "piece"), [(1, 3), (2, 2)], ids=["one program", "the last has fewer"])
+def test_programs_of_several_segments(rows, piece, monkeypatch):
+    """In a backward, where rows of partial gradients would be too many; here of three segments."""
+    monkeypatch.setattr(gpu_blocks, "multiprocessors", lambda device: 8)
+    monkeypatch.setattr(gpu_blocks, "_ROWS", rows)
+    case = Case(1, (12, 11), 8, 1, 2, CROSS)
+    inputs = list(make_inputs(case, torch.float16, CPU).values())
+    x, low_rank, *weights = inputs
+    (part,) = gpu_blocks._call(x, low_rank, weights, CROSS, backward=True).parts
+    assert (part.segments, part.piece) == (3, piece)
+    compare(case, inputs)
 
 
 @pytest.mark.parametrize("grid", [(3, 4), (17, 16)], ids=["small", "many blocks"])
